@@ -1,0 +1,54 @@
+# Every target does its own set-up: `make help` lists them.
+SHELL      := /bin/bash
+PYTHON     ?= python3
+PROFILE    ?= phantom
+VENV       := .venv
+BIN        := $(VENV)/bin
+INSTALLED  := $(VENV)/.installed
+OUT        := runs/$(PROFILE)
+# the defaults of the notebook are the phantom profile; any other profile is passed with -f
+PARAMETERS := $(if $(filter phantom,$(PROFILE)),,-f profiles/$(PROFILE).yaml)
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test lab site bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+$(INSTALLED): settings.ini setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "her2_mil needs Python 3.10 or newer; set PYTHON=python3.11, say.")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+reproduce: $(INSTALLED)  ## run the study (PROFILE=phantom or paper), print its table, write its report
+	@mkdir -p $(OUT)
+	@rm -f $(OUT)/reproduce.failed.ipynb
+	$(BIN)/papermill nbs/reproduce.ipynb $(OUT)/reproduce.failed.ipynb -k python3 $(PARAMETERS) </dev/null
+	@mv $(OUT)/reproduce.failed.ipynb $(OUT)/reproduce.ipynb
+	@$(BIN)/python tools/report.py $(OUT)/reproduce.ipynb $(OUT)/report.html
+
+test: export OMP_NUM_THREADS = 1
+test: export MPLBACKEND = agg
+test: $(INSTALLED)  ## run every notebook, pytest, and check that export, clean and README are up to date
+	$(BIN)/python tools/check.py
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest tests
+
+lab: $(INSTALLED)  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+site: $(INSTALLED)  ## execute the paper and render the Quarto site into _site
+	@command -v quarto >/dev/null || { echo "make site needs Quarto: install it from https://quarto.org/docs/get-started, or '$(BIN)/pip install quarto-cli' on a machine with internet, and call make site again."; exit 1; }
+	$(MAKE) reproduce
+	rm -rf _proc _site
+	cp $(OUT)/reproduce.ipynb nbs/reproduce.ipynb
+	$(BIN)/nbdev_clean --fname nbs/reproduce.ipynb
+	touch README.md
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_docs
+
+bench: $(INSTALLED)  ## measure speed against the usual way (ONLY=name for one line)
+	$(BIN)/python benchmarks/run.py $(ONLY)
+
+clean:  ## remove the environment, runs and rendered pages
+	rm -rf $(VENV) _proc _site runs build dist *.egg-info nbs/nbdev.yml
