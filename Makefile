@@ -22,9 +22,12 @@ $(INSTALLED): settings.ini setup.py constraints.txt
 	touch $@
 
 reproduce: $(INSTALLED)  ## run the study (PROFILE=phantom or paper), print its table, write its report
-	@mkdir -p $(OUT)
-	@rm -f $(OUT)/reproduce.failed.ipynb
-	$(BIN)/papermill nbs/reproduce.ipynb $(OUT)/reproduce.failed.ipynb -k python3 $(PARAMETERS) </dev/null
+	@mkdir -p $(OUT) && touch $(OUT)/log.txt
+	@echo "papermill nbs/reproduce.ipynb -> $(OUT), stage by stage:"
+	@tail -n 0 -f $(OUT)/log.txt & watch=$$!; \
+	$(BIN)/papermill nbs/reproduce.ipynb $(OUT)/reproduce.failed.ipynb -k python3 --no-progress-bar $(PARAMETERS) </dev/null; \
+	status=$$?; kill $$watch; \
+	test $$status = 0 || { echo "The run failed; $(OUT)/reproduce.failed.ipynb shows where, $(OUT)/failures.csv which slides."; exit $$status; }
 	@mv $(OUT)/reproduce.failed.ipynb $(OUT)/reproduce.ipynb
 	@$(BIN)/python tools/report.py $(OUT)/reproduce.ipynb $(OUT)/report.html
 
@@ -50,5 +53,5 @@ site: $(INSTALLED)  ## execute the paper and render the Quarto site into _site
 bench: $(INSTALLED)  ## measure speed against the usual way (ONLY=name for one line)
 	$(BIN)/python benchmarks/run.py $(ONLY)
 
-clean:  ## remove the environment, runs and rendered pages
-	rm -rf $(VENV) _proc _site runs build dist *.egg-info nbs/nbdev.yml
+clean:  ## remove the environment, runs, caches and rendered pages
+	rm -rf $(VENV) _proc _site runs cache build dist *.egg-info nbs/nbdev.yml

@@ -24,7 +24,7 @@ def site_url() -> str:
 
 def page(match: re.Match) -> str:
     "Link to a notebook -> link to its page: nbdev drops the number in front of the name."
-    folder, name, anchor = match["folder"] or "", re.sub(r"^\d+[a-z]*_", "", match["name"]), match["anchor"] or ""
+    folder, name, anchor = match["folder"] or "", re.sub(r"^\d+[a-zA-Z0-9]*_", "", match["name"]), match["anchor"] or ""
     return f"]({site_url()}/{folder}{name}.html{anchor})"
 
 

@@ -1,0 +1,81 @@
+"her2_mil_score as a user calls it, on good input and bad."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from test_run import QUIET, SMALL, done  # noqa: F401  (a fixture)
+
+from her2_mil.phantom import phantom_slide
+
+COMMAND = str(Path(sys.executable).parent / "her2_mil_score")
+
+
+def score(*args, cwd):
+    return subprocess.run([COMMAND, *map(str, args)], cwd=cwd, env=QUIET, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def refused(result, *words):
+    "Exit code 2, one sentence on standard error, nothing else."
+    assert result.returncode == 2 and not result.stdout
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("her2_mil_score: "), result.stderr
+    assert all(w in lines[0] for w in words), lines[0]
+
+
+def write_tiff(path, image, **kwargs):
+    tifffile.imwrite(path, image, tile=(256, 256), photometric="rgb", compression="jpeg", metadata=None, **kwargs)
+    return path
+
+
+def test_json_and_heatmap(done, tmp_path):  # noqa: F811
+    phantom_slide(tmp_path / "slide.tif", 2, 11, SMALL)
+    result = score(tmp_path / "slide.tif", "--model", done / "runs/phantom/model", "--out", tmp_path, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    out = json.loads(result.stdout)
+    assert list(out["probabilities"]) == ["0", "1+", "2+", "3+"] and abs(sum(out["probabilities"].values()) - 1) < 1e-5
+    assert "not a medical device" in out["notice"] and "phantom" in out["warning"] and out["model"]["phantom"] is True
+    assert out["model"]["run"] == "phantom" and out["model"]["embedder"]["name"] == "phantom-he"
+    assert Path(out["heatmap"]).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_missing_file(done, tmp_path):  # noqa: F811
+    refused(score("none.svs", "--model", done / "runs/phantom/model", cwd=tmp_path), "none.svs", "no such file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_slide(done, tmp_path):  # noqa: F811
+    (tmp_path / "notes.svs").write_text("not a slide")
+    refused(score("notes.svs", "--model", done / "runs/phantom/model", cwd=tmp_path), "notes.svs")
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.svs"]
+
+
+def test_no_um_per_px(done, tmp_path):  # noqa: F811
+    image = np.random.default_rng(0).integers(90, 200, (512, 512, 3), dtype=np.uint8)
+    write_tiff(tmp_path / "bare.tif", image)
+    refused(score("bare.tif", "--model", done / "runs/phantom/model", cwd=tmp_path), "bare.tif", "mpp")
+
+
+def test_no_tissue(done, tmp_path):  # noqa: F811
+    write_tiff(tmp_path / "glass.tif", np.full((1024, 1024, 3), 244, np.uint8), resolution=(20000, 20000), resolutionunit="CENTIMETER")
+    refused(score("glass.tif", "--model", done / "runs/phantom/model", cwd=tmp_path), "glass.tif", "tissue")
+    assert [p.name for p in tmp_path.iterdir()] == ["glass.tif"]
+
+
+def test_no_model(tmp_path):
+    phantom_slide(tmp_path / "slide.tif", 2, 11, SMALL)
+    refused(score("slide.tif", "--model", "nowhere", cwd=tmp_path), "nowhere", "card.json")
+
+
+@pytest.mark.parametrize("value, word", [("4+", "4+"), ("ultralow", "ultralow")])
+def test_manifest_with_an_unknown_score(tmp_path, value, word):
+    from her2_mil.cohort import ManifestError, read_manifest
+
+    (tmp_path / "m.csv").write_text(f"slide_id,patient_id,her2_score,uri\na,a,0,a.svs\nb,b,{value},b.svs\n")
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(tmp_path / "m.csv")
+    assert "row 3" in str(caught.value) and "her2_score" in str(caught.value) and word in str(caught.value)
