@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DOMAINS', 'LAYERS', 'SourceError', 'PatchSet', 'LazyImages', 'plot_patches', 'plot_strip', 'pcam_patches',
-           'folder_patches', 'ihc_patches', 'phantom_source', 'match_sources', 'held_out_auc', 'Recipe', 'pretrain',
-           'plot_learning', 'plot_confusion', 'phantom_pair', 'make_embedder', 'linear_probe', 'pretrain_matched',
-           'cka', 'cka_by_layer', 'plot_filters', 'exciting_patches', 'nearest_patches']
+           'folder_patches', 'ihc_patches', 'phantom_source', 'match_sources', 'held_out_auc', 'Recipe', 'named_state',
+           'pretrain', 'plot_pretraining', 'plot_patch_confusion', 'phantom_pair', 'make_embedder', 'linear_probe',
+           'pretrain_matched', 'cka_by_layer']
 
 # %% ../nbs/06_pretraining.ipynb #13b207f7
 import copy, gzip, hashlib, json, math, os, re, shutil
@@ -39,7 +39,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 import her2_mil
 from .cohort import SCORES
-from .embedding import EmbedderError, Embedder, caffe_squeezenet, choose_device, choose_precision, feature_module, get_embedder, load_weights, save_weights, weights_folder
+from .embedding import EmbedderError, Embedder, caffe_squeezenet, choose_device, choose_precision, cka, feature_module, get_embedder, load_weights, save_weights, weights_folder
 from .phantom import NATURAL, PhantomWorld, phantom_patches
 from .stain import augment
 
@@ -581,7 +581,7 @@ def _predict(net, batches) -> np.ndarray: # (N, C) float32 logits
     return np.concatenate([net(x.to(device)).float().cpu().numpy() for x, _ in batches])
 
 # %% ../nbs/06_pretraining.ipynb #c2c87d6b
-def _named_state(
+def named_state(
     module:nn.Module,     # feature module, trained
     architecture:str,     # its torchvision name
     layer:str,            # where it ends
@@ -643,7 +643,7 @@ def _start(parent, recipe:Recipe, seed, folder, device) -> tuple: # (Embedder, r
 def _save(out:Path, model:nn.Sequential, card:dict):
     "Write the trained feature module and its linear layer as a weights folder"
     body, head = model.cpu()
-    state = _named_state(body, card['architecture'], card['layer'])
+    state = named_state(body, card['architecture'], card['layer'])
     save_weights(out, state | {f'head.{k}': v for k, v in head.state_dict().items()}, card)
 
 # %% ../nbs/06_pretraining.ipynb #76471d78
@@ -674,7 +674,7 @@ def pretrain(
     return out
 
 # %% ../nbs/06_pretraining.ipynb #c564b58f
-def plot_learning(
+def plot_pretraining(
     cards:dict,  # name -> card, or weights folder
     ax=None,     # matplotlib axes
 ):               # the axes
@@ -691,7 +691,7 @@ def plot_learning(
     return ax
 
 # %% ../nbs/06_pretraining.ipynb #5ada702e
-def plot_confusion(
+def plot_patch_confusion(
     card,     # card or weights folder
     ax=None,  # matplotlib axes
 ):            # the axes
@@ -851,20 +851,6 @@ def pretrain_matched(
                              n=m['n'], resampled=m['resampled'], loss=card['learning_curve'][-1]['valid_loss'], folder=out))
     return pd.DataFrame(rows)
 
-# %% ../nbs/06_pretraining.ipynb #0745dd23
-def _hsic(k, l) -> float:
-    "Unbiased estimate of the Hilbert-Schmidt independence criterion of two kernel matrices with empty diagonals"
-    n, kl = len(k), k@l
-    return (np.trace(kl) + k.sum()*l.sum()/((n - 1)*(n - 2)) - 2*kl.sum()/(n - 2))/(n*(n - 3))
-
-def cka(
-    a, b,       # features of the same patches, (N, D) and (N, E), N > 3
-) -> float:     # about 0 (unrelated) to 1
-    "Linear centred kernel alignment, unbiased"
-    k, l = (x@x.T for x in (np.asarray(f, np.float64) - np.mean(f, 0, dtype=np.float64) for f in (a, b)))
-    for m in (k, l): np.fill_diagonal(m, 0)
-    return float(_hsic(k, l)/np.sqrt(_hsic(k, k)*_hsic(l, l)))
-
 # %% ../nbs/06_pretraining.ipynb #8517f9e7
 LAYERS = tuple(f'conv{k}' for k in range(1, 6)) # of AlexNet
 
@@ -877,41 +863,3 @@ def cka_by_layer(
     "CKA of each embedder with one of them, layer by layer"
     features = {n: [get_embedder(**a, layer=l)(images) for l in layers] for n, a in embedders.items()}
     return pd.DataFrame({n: [cka(f, g) for f, g in zip(features[n], features[against])] for n in embedders}, index=list(layers)).T
-
-# %% ../nbs/06_pretraining.ipynb #1ae4cb7d
-def plot_filters(
-    embedder:Embedder, # whose first convolution
-    ax=None,           # matplotlib axes
-    columns:int=16,    # filters in a row
-):                # the axes
-    "Filters of the first layer, each stretched to its own range"
-    w = next(m for m in embedder.module.modules() if isinstance(m, nn.Conv2d)).weight.detach().cpu().numpy().transpose(0, 2, 3, 1)
-    if embedder.preprocessing['channels'] == 'BGR': w = w[..., ::-1]
-    low, high = (f(w, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))
-    ax = plot_strip(((w - low)/(high - low)*255).astype(np.uint8), ax, columns)
-    return ax
-
-def exciting_patches(
-    embedder:Embedder,  # whose features
-    patches:PatchSet,   # where to look
-    unit:int,           # position of a feature
-    n:int=8,            # how many
-) -> np.ndarray:  # positions, most exciting first
-    "The patches in which one feature is largest"
-    return np.argsort(-embedder(patches.images[np.arange(len(patches))])[:, unit], kind='stable')[:n]
-
-# %% ../nbs/06_pretraining.ipynb #25ada9a5
-def nearest_patches(
-    embedder:Embedder,  # whose features
-    patches:PatchSet,   # where to look
-    query:int,            # position of a patch
-    n:int=8,              # how many
-    other_group:bool=True, # leave out patches of the query's own slide
-) -> np.ndarray:          # positions, nearest first, without the query
-    "The patches whose embedding points most nearly the same way"
-    f = embedder(patches.images[np.arange(len(patches))])
-    f = (f - f.mean(0))/np.linalg.norm(f - f.mean(0), axis=1, keepdims=True)
-    near = f@f[query]
-    near[query] = -np.inf
-    if other_group: near[patches.groups == patches.groups[query]] = -np.inf
-    return np.argsort(-near, kind='stable')[:n]
