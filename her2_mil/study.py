@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NOTICE', 'PAPER_AUC', 'StudyConfig', 'assumptions', 'StudyError', 'mil_config', 'project_root', 'environment', 'Run',
            'slide_nuisance', 'save_model', 'load_model', 'score_slide', 'slide_heatmap', 'her2_mil_score',
-           'localisation_table', 'heatmap', 'run_study', 'result_table']
+           'localisation_table', 'heatmap', 'run_study', 'result_table', 'verdict']
 
-# %% ../nbs/11_study.ipynb #02f52625
+# %% ../nbs/11_study.ipynb #402d4c43
 import copy, hashlib, json, math, os, platform, subprocess, sys, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -35,7 +35,7 @@ from .slide import *
 from .tiling import *
 from .training import *
 
-# %% ../nbs/11_study.ipynb #cd752903
+# %% ../nbs/11_study.ipynb #b33d8d39
 def _choice(
     default,  # value that we take
     why:str,  # reason, printed in the table of assumptions
@@ -44,7 +44,7 @@ def _choice(
     "A configuration field that carries its reason"
     return field(default=default, metadata=dict(why=why, paper=paper))
 
-# %% ../nbs/11_study.ipynb #2cff32ff
+# %% ../nbs/11_study.ipynb #f9854c73
 @dataclass(frozen=True)
 class StudyConfig:
     "All that decides a run; the defaults are the phantom profile"
@@ -72,7 +72,7 @@ class StudyConfig:
     data:str = _choice('data', 'pre-training data: pcam/ and ihc/', '')
     def __post_init__(self): self._check()
 
-# %% ../nbs/11_study.ipynb #0087173c
+# %% ../nbs/11_study.ipynb #87eb3b7f
 def assumptions(
     cfg:StudyConfig,  # configuration of a run
 ) -> pd.DataFrame:  # setting, value, reason, paper
@@ -87,7 +87,7 @@ def _plain(value) -> str:
     "A setting as a reader would write it"
     return ', '.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
-# %% ../nbs/11_study.ipynb #96037a24
+# %% ../nbs/11_study.ipynb #2c26e382
 class StudyError(RuntimeError):
     "A run that cannot start or did not end whole; `problems` lists each cause as a sentence"
     def __init__(self,
@@ -97,7 +97,7 @@ class StudyError(RuntimeError):
         self.problems = list(problems)
         super().__init__('\n'.join([message, *(f'- {p}' for p in self.problems)]))
 
-# %% ../nbs/11_study.ipynb #13a869aa
+# %% ../nbs/11_study.ipynb #0656a8ae
 @patch
 def _check(self:StudyConfig):
     "Take lists from YAML as tuples, and refuse what cannot run"
@@ -108,20 +108,20 @@ def _check(self:StudyConfig):
     if not (isinstance(self.name, str) and self.name.replace('-', '').replace('_', '').isalnum()): bad.append(f'name is {self.name!r}; letters, digits, - and _ are allowed')
     if bad: raise StudyError(f'{len(bad)} settings cannot be used', bad)
 
-# %% ../nbs/11_study.ipynb #a0ef20d6
+# %% ../nbs/11_study.ipynb #6a9b72d8
 def mil_config(
     cfg:StudyConfig,  # configuration of a run
 ) -> TrainConfig:  # of one model
     "The trainer's configuration in a study"
     return TrainConfig(bag_size=cfg.bag_size, epochs=cfg.mil_epochs, seed=cfg.seed)
 
-# %% ../nbs/11_study.ipynb #353cfb2c
+# %% ../nbs/11_study.ipynb #0270937e
 def project_root() -> Path:  # absolute
     "The folder above that holds `settings.ini`; where there is none, the current one"
     here = Path.cwd().resolve()
     return next((p for p in (here, *here.parents) if (p/'settings.ini').exists()), here)
 
-# %% ../nbs/11_study.ipynb #0248f195
+# %% ../nbs/11_study.ipynb #87c7d9cc
 def environment(
     root:Path,  # of the repository
 ) -> dict:  # versions, commit, hardware
@@ -135,7 +135,7 @@ def environment(
                 precision=choose_precision('auto', choose_device()), commit=git('rev-parse', 'HEAD') or None, dirty=bool(git('status', '--porcelain')),
                 packages=dict(sorted(packages.items())))
 
-# %% ../nbs/11_study.ipynb #ded3ce40
+# %% ../nbs/11_study.ipynb #0a57a2f3
 class Run:
     "A study being run: its configuration, its folder, and what it made so far"
     def __init__(self,
@@ -150,7 +150,7 @@ class Run:
         self.write('environment.json', environment(self.root))
     def __repr__(self): return f'Run({self.cfg.name!r})'
 
-# %% ../nbs/11_study.ipynb #5754ef64
+# %% ../nbs/11_study.ipynb #e8cec398
 @patch
 def write(self:Run,
     name:str,   # file name below the run folder; .json, .csv or .parquet
@@ -165,7 +165,7 @@ def write(self:Run,
     os.replace(part, path)
     return path
 
-# %% ../nbs/11_study.ipynb #4c4f0d20
+# %% ../nbs/11_study.ipynb #2c35d88b
 @patch
 @contextmanager
 def stage(self:Run,
@@ -185,7 +185,7 @@ def log(self:Run, text:str):
     with open(self.folder/'log.txt', 'a', encoding='utf-8') as f: f.write(f'{time.strftime("%Y-%m-%dT%H:%M:%S")} {text}\n')
     if sys.stderr.isatty(): print(text, file=sys.stderr)
 
-# %% ../nbs/11_study.ipynb #003c6e39
+# %% ../nbs/11_study.ipynb #995e7a24
 @patch
 def missing_slides(self:Run,
     cohort:pd.DataFrame,  # as validated
@@ -200,7 +200,7 @@ def missing_slides(self:Run,
         out.append(f'{self.cfg.manifest}: {phantom.sum()} of {len(cohort)} rows are phantom slides; replace them by your own slides (columns slide_id, patient_id, her2_score, uri)')
     return out
 
-# %% ../nbs/11_study.ipynb #f24e6a96
+# %% ../nbs/11_study.ipynb #a71a87a5
 @patch
 def weights(self:Run) -> Path:
     "Where the weights folders of this run are"
@@ -228,7 +228,7 @@ def missing_embedders(self:Run) -> list:  # one sentence each
         except (SourceError, EmbedderError) as e: out.append(f'embedder {name}: {e}')
     return out
 
-# %% ../nbs/11_study.ipynb #a8ca6052
+# %% ../nbs/11_study.ipynb #b831538a
 @patch
 def read_cohort(self:Run) -> pd.DataFrame:  # validated
     "The manifest, checked, and everything else the run needs; one `StudyError` names all that is missing"
@@ -240,7 +240,7 @@ def read_cohort(self:Run) -> pd.DataFrame:  # validated
     if problems: raise StudyError(f'{self.cfg.name}: {len(problems)} things are missing', problems)
     return cohort
 
-# %% ../nbs/11_study.ipynb #eee39c76
+# %% ../nbs/11_study.ipynb #eee910ad
 @patch
 def embedders(self:Run) -> dict:  # (arm, pre-training seed) -> Embedder
     "Load every embedder, or make it where its weights are missing"
@@ -248,7 +248,7 @@ def embedders(self:Run) -> dict:  # (arm, pre-training seed) -> Embedder
     with self.stage('embedders'):
         return {(name, seed): make_embedder(name, weights=self.weights(), seed=seed, **self.source(name)) for name, seed in keys}
 
-# %% ../nbs/11_study.ipynb #08fa9297
+# %% ../nbs/11_study.ipynb #8f189c36
 @patch
 def tile_spec(self:Run) -> TileSpec:
     "What a patch is in this run"
@@ -271,7 +271,7 @@ def embed(self:Run,
     path = files.set_index(['embedder_sha256', 'slide_id'])['path']
     return {k: [read_features(path[e.sha256, s]) for s in whole['slide_id']] for k, e in embedders.items()}, whole
 
-# %% ../nbs/11_study.ipynb #f852477c
+# %% ../nbs/11_study.ipynb #bb948cd8
 @patch
 def cached(self:Run,
     name:str,  # file name of a table, .parquet
@@ -287,7 +287,7 @@ def cached(self:Run,
         note.write_text(key)
     return pd.read_parquet(path)
 
-# %% ../nbs/11_study.ipynb #d44a699c
+# %% ../nbs/11_study.ipynb #5235eca5
 def _digest(inputs) -> str:
     "SHA-256 of nested lists of arrays, tables, text and numbers, and of what computes with them"
     h = hashlib.sha256(json.dumps([version(p) for p in ('her2_mil', 'torch', 'numpy')] + [torch.get_num_threads()]).encode())
@@ -302,7 +302,7 @@ def _digest(inputs) -> str:
     add(list(inputs))
     return h.hexdigest()
 
-# %% ../nbs/11_study.ipynb #107df0bd
+# %% ../nbs/11_study.ipynb #186a907e
 @patch
 def predictions(self:Run,
     features:dict,        # (arm, seed) -> list over slides of (N, D)
@@ -321,7 +321,7 @@ def predictions(self:Run,
     self.write('predictions.csv', table)
     return table
 
-# %% ../nbs/11_study.ipynb #9456235a
+# %% ../nbs/11_study.ipynb #21d9b763
 @patch
 def permuted(self:Run,
     features:dict,          # as for `predictions`
@@ -339,7 +339,7 @@ def permuted(self:Run,
     self.write('permutation_test.csv', result)
     return result
 
-# %% ../nbs/11_study.ipynb #7b88abd0
+# %% ../nbs/11_study.ipynb #aee6e261
 def slide_nuisance(
     row,         # of the cohort, as a named tuple
     spec:TileSpec, root, cache,  # as for `embed_cohort`
@@ -364,7 +364,7 @@ def nuisance(self:Run,
     self.write('nuisance.csv', result)
     return result
 
-# %% ../nbs/11_study.ipynb #29f3aa51
+# %% ../nbs/11_study.ipynb #04f5c98a
 @patch
 def final_model(self:Run,
     features:dict,          # as for `predictions`
@@ -384,7 +384,7 @@ def final_model(self:Run,
                 tiling=self.tile_spec().to_json(), notice=NOTICE)
     return save_model(folder, model, embedder, card)
 
-# %% ../nbs/11_study.ipynb #c383f33e
+# %% ../nbs/11_study.ipynb #48731550
 NOTICE = 'Software for research, not a medical device: its output must not guide the care of a patient.'
 
 def save_model(
@@ -407,7 +407,7 @@ def _sha256(path:Path) -> str:
     "Hash of a file"
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
-# %% ../nbs/11_study.ipynb #1b543605
+# %% ../nbs/11_study.ipynb #0fab9f7e
 def load_model(
     folder,  # a model folder
 ) -> tuple:  # (AttentionMIL, Embedder, card)
@@ -422,7 +422,7 @@ def load_model(
     model.load_state_dict(state)
     return model.eval(), get_embedder(folder/'embedder'), card
 
-# %% ../nbs/11_study.ipynb #761b5697
+# %% ../nbs/11_study.ipynb #081e4f48
 def score_slide(
     path,                 # slide file
     model,                # model folder
@@ -442,7 +442,7 @@ def score_slide(
                          model=dict({k: card[k] for k in ('run', 'phantom', 'trained_on', 'cross_validated_auc', 'embedder', 'mil_sha256')}, precision=embedder.precision),
                          warning=_warning(card), notice=NOTICE)
 
-# %% ../nbs/11_study.ipynb #49466422
+# %% ../nbs/11_study.ipynb #07f874af
 def _features(slide, grid, embedder, batch=256) -> np.ndarray:
     "Features of all patches of a grid, some hundred patches in memory at once"
     return np.concatenate([embedder(read_patches(slide, grid.coords[i:i+batch], grid.spec)) for i in range(0, len(grid), batch)])
@@ -465,7 +465,7 @@ def slide_heatmap(
     title = f"{slide.path.stem}: attention of {'a phantom-trained' if card['phantom'] else 'the'} model"
     return save_attention(path, small, amap, slide.size, slide.mpp, len(grid), title=title)
 
-# %% ../nbs/11_study.ipynb #089811b7
+# %% ../nbs/11_study.ipynb #e38bb6f0
 @call_parse
 def her2_mil_score(
     slide:str,          # slide file
@@ -480,7 +480,7 @@ def her2_mil_score(
         sys.exit(2)
     print(json.dumps(result, indent=1))
 
-# %% ../nbs/11_study.ipynb #7d509ff7
+# %% ../nbs/11_study.ipynb #e4396c49
 @patch
 def localisation(self:Run,
     cohort:pd.DataFrame,  # slides that could be read
@@ -500,7 +500,7 @@ def localisation(self:Run,
     self.write('localisation.csv', table)
     return table
 
-# %% ../nbs/11_study.ipynb #0d989d54
+# %% ../nbs/11_study.ipynb #e7640a5f
 def localisation_table(
     localised:pd.DataFrame,  # from `Run.localisation`
 ) -> pd.DataFrame:           # a row a region: mean over patients with interval, and where untrained models lie
@@ -514,7 +514,7 @@ def localisation_table(
                          untrained_low=null.quantile(.025), untrained_high=null.quantile(.975), n_untrained=len(null), untrained_as_good=(null >= i.mean).mean()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/11_study.ipynb #5883975b
+# %% ../nbs/11_study.ipynb #d37d45ef
 def heatmap(
     run:Run,    # finished
     row,        # of its cohort
@@ -538,7 +538,7 @@ def _outline(ax, truth):
         y, x = (step*(np.arange(n) + .5) for n in mask.shape)
         ax.contour(x, y, mask, levels=[.5], colors='k', linewidths=1.2, linestyles=style)
 
-# %% ../nbs/11_study.ipynb #12649b71
+# %% ../nbs/11_study.ipynb #064367b4
 def run_study(
     cfg:StudyConfig=StudyConfig(),  # what to do
     root:Path=None,                 # relative paths start here; default: `project_root()`
@@ -558,7 +558,7 @@ def run_study(
     run.localised = run.localisation(run.cohort, found[cfg.primary, 0])
     return run
 
-# %% ../nbs/11_study.ipynb #87e20a3f
+# %% ../nbs/11_study.ipynb #71865e1f
 @patch
 def measure(self:Run,
     table:pd.DataFrame,  # the predictions table
@@ -580,7 +580,7 @@ def hashed(self:Run,
     seen = dict(zip(self.cohort['slide_id'], (f.attrs['slide_sha256'] for f in read)))
     return cohort.assign(sha256=cohort['slide_id'].map(seen).fillna(cohort['sha256']))
 
-# %% ../nbs/11_study.ipynb #8cbdda0e
+# %% ../nbs/11_study.ipynb #6490b8d3
 @patch
 def finish(self:Run):
     "Raise if slides failed and the configuration does not allow it"
@@ -589,7 +589,7 @@ def finish(self:Run):
     if n and not self.cfg.allow_failures:
         raise StudyError(f'{self.cfg.name}: {n} slides failed (failures.csv); mend them, or set allow_failures', [f'{r.slide_id}: {r.error}' for r in self.failures.itertuples()])
 
-# %% ../nbs/11_study.ipynb #dee8e6b3
+# %% ../nbs/11_study.ipynb #a0d0f6b6
 PAPER_AUC = {'pcam': 'PatchCamelyon 0.622', 'ihc': 'IHC HER2 0.511', 'imagenet': 'ImageNet 0.454'}  # mean AUC over the four scores, arXiv 2411.05028
 
 def result_table(
@@ -612,3 +612,21 @@ def result_table(
 def _with_interval(row) -> str:
     "0.71 (0.60 to 0.80)"
     return f"{row['auc']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+
+# %% ../nbs/11_study.ipynb #7f028b9e
+def verdict(
+    run:Run,  # finished
+) -> list:    # sentences
+    "What the run shows, and what it does not"
+    kind = 'phantom' if run.cohort['uri'].str.startswith('phantom:').any() else 'real'
+    own, seen = (t[t['primary']].set_index('arm') for t in (run.metrics, run.nuisances))
+    named = lambda t: ', '.join(f'{a} {_with_interval(r)}' for a, r in t.iterrows()) or 'none'
+    other = compare_arms(run.table, reference=run.cfg.primary)
+    differ = other[other['p_holm'] < .05]['arm'].tolist()
+    out = [f"{int(own['n_patients'].iloc[0])} {kind} patients. Arms whose interval lies above chance: {named(own[own['low'] > .5])}.",
+           f"Arms that differ from {run.cfg.primary} at 5 % after Holm's correction: {', '.join(differ) or 'none'}; one training of each source, so this speaks of these embedders and not of sources." if run.cfg.pretrain_seeds == 1
+           else f"Arms that differ from {run.cfg.primary} at 5 % after Holm's correction: {', '.join(differ) or 'none'}.",
+           f"Nuisance baselines whose interval lies above chance: {named(seen[seen['low'] > .5])}. An arm is worth no more than what it has beyond them."]
+    for r in localisation_table(run.localised).itertuples() if len(run.localised) else ():
+        out.append(f"Attention finds the planted {r.region} with AUC {r.auc:.2f}; {r.untrained_as_good:.0%} of {r.n_untrained} untrained models do as well.")
+    return out

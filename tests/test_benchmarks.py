@@ -1,0 +1,16 @@
+"make bench finds every measurement; its numbers are not tested."
+import importlib.util
+
+from conftest import ROOT
+
+NAMES = """read_patches_tiled_jpeg read_patches_svs read_patches_two_threads mask_and_grid_100k tiling_memory_100k embed_alexnet
+embed_min_cosine slide_to_features slide_to_features_of_limit cv_stacked heatmap_50k""".split()
+
+
+def test_every_measurement_is_found():
+    spec = importlib.util.spec_from_file_location("bench_run", ROOT / "benchmarks" / "run.py")
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    found = run.benchmarks()
+    assert set(NAMES) <= set(found) and set(found) <= {*NAMES, "embed_alexnet_compiled"}
+    assert run.main("no_such_name") == 2
