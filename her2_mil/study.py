@@ -522,7 +522,7 @@ def heatmap(
 ):              # the axes
     "Attention of the run's model over one slide; on a phantom with the planted tumour (solid) and score-bearing clones (dashed)"
     mil, embedder, card = load_model(run.folder/'model')
-    with WholeSlide(fetch_slide(row.uri, run.cohort.attrs['root'], cache=run.cache), mpp=None if math.isnan(row.mpp) else row.mpp) as slide:
+    with WholeSlide(fetch_slide(row.uri, run.cohort.attrs['root'], row.sha256, run.cache), mpp=None if math.isnan(row.mpp) else row.mpp) as slide:
         grid = tile_slide(slide, TileSpec.from_json(card['tiling']))
         _, attention = predict(mil, [_features(slide, grid, embedder)], return_attention=True)
         amap = attention_map(grid.coords, attention[0], grid.patch_size_level0, slide.size)
