@@ -4,7 +4,8 @@ import importlib.util
 from conftest import ROOT
 
 NAMES = """read_patches_tiled_jpeg read_patches_svs read_patches_two_threads mask_and_grid_100k tiling_memory_100k embed_alexnet
-embed_min_cosine slide_to_features slide_to_features_of_limit cv_stacked heatmap_50k""".split()
+embed_min_cosine slide_to_features slide_to_features_of_limit cv_stacked heatmap_50k
+phantom_render phantom_render_40x phantom_write phantom_memory_16k""".split()
 
 
 def test_every_measurement_is_found():
