@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from scipy import stats
+from scipy.sparse import csr_matrix
 from .cohort import SCORES
 
 # %% ../nbs/09_evaluation.ipynb #64267127
@@ -43,11 +44,13 @@ def _check(
         raise EvaluationError(f"the predictions table has no column {', '.join(missing)}; pass the table that cross_validate returned")
     t = predictions[predictions['split'] == split]
     if not len(t): raise EvaluationError(f"the predictions table has no row with split {split!r}; it has {sorted(predictions['split'].unique())}")
+    for c in (*_MODEL, 'patient_id'):
+        if (empty := t[c].isna().sum()): raise EvaluationError(f"column {c} is empty in {empty} rows; every prediction needs its {c}")
     if 'run' in t and t['run'].nunique() > 1: raise EvaluationError(f"the table mixes runs {sorted(t['run'].unique())[:5]}; evaluate one run at a time")
     if (bad := ~np.isfinite(t[_LOGITS].to_numpy(float)).all(1)).any():
         r = t[bad].iloc[0]
         raise EvaluationError(f"{bad.sum()} predictions are not finite, first patient {r['patient_id']} in arm {r['arm']}; retrain with a lower learning rate or drop the arm")
-    if not t['y'].isin(range(4)).all(): raise EvaluationError(f"y must be 0 to 3, found {sorted(set(t['y']) - set(range(4)))}; slides without a score cannot be evaluated")
+    if not t['y'].isin(range(4)).all(): raise EvaluationError(f"y must be 0 to 3, found {sorted({str(y) for y in t['y'][~t['y'].isin(range(4))]})}; slides without a score cannot be evaluated")
     if (many := t.groupby('patient_id')['y'].nunique()).max() > 1:
         raise EvaluationError(f"patient {many.idxmax()} has several scores; read the manifest with allow_conflicts=True to give a patient its highest")
     if 'slide_id' in t and (twice := t.duplicated([*_MODEL, 'slide_id'])).any():
@@ -215,7 +218,7 @@ def _coverage(
     seed:int=0, # of everything
 )->pd.DataFrame: # a row per method: coverage, mean width
     "Share of simulated cohorts whose interval contains the true AUC"
-    rng, m = np.random.default_rng([seed, n, int(100*prevalence), int(100*auc)]), max(2, round(n*prevalence))
+    rng, m = np.random.default_rng([seed, n, *(round(100*x) for x in (prevalence, auc, spread))]), max(2, round(n*prevalence))
     shift, z, k = np.sqrt(1 + spread**2)*stats.norm.ppf(auc), stats.norm.ppf(.975), n - m
     hit, batch = {name: [] for name in _METHODS}, max(1, min(200, int(4e6/(n_boot*k))))
     for start in range(0, cohorts, batch):
@@ -282,6 +285,20 @@ def _one_interval(
         warnings.warn(note, stacklevel=3)
     return pd.Series({**out, 'low': low, 'high': high, 'method': method, 'n_positive': m, 'n_negative': k, 'note': note})
 
+# %% ../nbs/09_evaluation.ipynb #8d82ae49
+def _restore(
+    ids:np.ndarray, # (n,) int patient
+    group:np.ndarray, # (n,) int fold of a model
+    a:np.ndarray, # (n,) weight of each row in the average
+    fix:np.ndarray, # (n,) small-sample factor of its fold
+    size:np.ndarray, # (n,) patients of this side in its fold
+)->float: # factor, 1 where each patient is tested once
+    "Centring a patient on several folds takes away more spread than centring on one: the factor that restores it"
+    if np.bincount(ids).max() == 1: return 1.
+    g = np.unique(group, return_inverse=True)[1]; in_fold = csr_matrix((np.ones(len(ids)), (g, ids)))
+    d, m = np.bincount(ids, a*fix), in_fold.T @ csr_matrix((a*fix/size, (g, ids)))
+    return np.sqrt((np.bincount(ids, a)**2).sum()/(m.multiply(m).sum() - 2*(d*m.diagonal()).sum() + (d**2).sum()))
+
 # %% ../nbs/09_evaluation.ipynb #e8f82503
 def _influence(
     t:pd.DataFrame, # patient table of one arm
@@ -295,15 +312,17 @@ def _influence(
     lost = len(np.unique(group[~ok]))
     if not ok.any(): return np.nan, np.full(len(t), np.nan), lost
     w = np.where(ok, m*k if pairs else 1, 0).astype(float); w /= (w/(m + k)).sum()
-    inf, use = np.zeros(len(t)), pos & ok
-    auc = (w[use]*v[use]/m[use]).sum()
+    inf, use, ids = np.zeros(len(t)), pos & ok, pd.factorize(t['patient_id'])[0]
+    auc = np.round((w[use]*v[use]/m[use]).sum(), 12) # so that perfect separation is 1, not 1 less a rounding error
     for side in (use, ~pos & ok):
+        again = 1.
         if size[side].min() > 1:
             centre, fix = (np.bincount(group[side], v[side])/np.maximum(np.bincount(group[side]), 1))[group[side]], np.sqrt(size[side]/(size[side] - 1))
+            again = _restore(pd.factorize(ids[side])[0], group[side], w[side]/size[side], fix, size[side])
         else:
             n = t['patient_id'][side].nunique()
             centre, fix = np.average(v[side], weights=w[side]/size[side]), np.sqrt(n/(n - 1)) if n > 1 else np.nan
-        inf[side] = (v[side] - centre)*w[side]/size[side]*fix
+        inf[side] = (v[side] - centre)*w[side]/size[side]*fix*again
     return auc, inf, lost
 
 # %% ../nbs/09_evaluation.ipynb #4c63d84e
@@ -318,7 +337,7 @@ def _auc_row(
     "Interval of an average AUC from the patients' summed influence"
     if np.isnan(auc): return dict(auc=np.nan, low=np.nan, high=np.nan, se=np.nan, note='undefined: no fold has both sides')
     se = np.sqrt((np.bincount(pd.factorize(t['patient_id'])[0], inf)**2).sum())
-    low, high = _logit_interval(auc, se, z) if 0 < auc < 1 and se > 0 else _newcombe(auc, m, k, z)
+    low, high = _logit_interval(auc, se, z) if 0 < auc < 1 and se > 1e-9 else _newcombe(auc, m, k, z)
     return dict(auc=auc, low=float(low), high=float(high), se=se, note=_interval_note(auc, m, k))
 
 # %% ../nbs/09_evaluation.ipynb #be60fa39
@@ -336,6 +355,18 @@ def _arm_aucs(
     macro = _auc_row(t, np.mean([p[2] for p in parts]), np.mean([p[3] for p in parts], axis=0), least, n - least, z)
     return [dict(score='macro', **macro, n_positive=np.nan, undefined=sum(p[4] for p in parts)), *rows]
 
+# %% ../nbs/09_evaluation.ipynb #476fbaf4
+_TRAINED_COVERAGE = (84, 91)  # %, least and most coverage where training was simulated; held against data/macro.csv below
+
+def _row_note(
+    row:dict, # from `_arm_aucs`
+    split:str, # 'test' rows are cross-validated
+    doubt:str, # warning of `confounding`, or ''
+)->str: # what a reader of this row must know
+    "Join the notes of a row"
+    trained = f'models taken as fixed: where training was simulated, the interval held {_TRAINED_COVERAGE[0]} to {_TRAINED_COVERAGE[1]} %' if split == 'test' and row['score'] == 'macro' and np.isfinite(row['auc']) else ''
+    return '; '.join(x for x in (row['note'], trained, doubt) if x)
+
 # %% ../nbs/09_evaluation.ipynb #b4c4a148
 def auc_table(
     predictions:pd.DataFrame, # the predictions table
@@ -347,11 +378,13 @@ def auc_table(
     t, out, z = patient_table(predictions, split), [], stats.norm.ppf((1 + level)/2)
     by = [by] if isinstance(by, str) else list(by or [])
     if missing := [c for c in by if c not in t]: raise EvaluationError(f"the predictions table has no column {', '.join(missing)}; join it from the manifest on slide_id")
+    doubt = '; '.join(w for c in {'site', 'scanner'} & set(by) if (w := confounding(predictions, c, split)['warning']))
+    if doubt: warnings.warn(doubt, stacklevel=2)
     for name, g in t.groupby(['arm', *by], sort=False):
         n = dict(n_patients=g['patient_id'].nunique(), n_seeds=len(g[['pretrain_seed', 'seed']].drop_duplicates()), **{f"n_{c}s": g[c].nunique() for c in ('pretrain_seed', 'repeat', 'fold')})
         for estimand, keys in [('within folds', _MODEL), ('pooled', _MODEL[:-1])][:1 if by else 2]:
             for r in _arm_aucs(g.reset_index(drop=True), keys, z, bool(set(by) - set(_MODEL))):
-                out.append({**dict(zip(['arm', *by], name)), 'estimand': estimand, 'primary': not by and estimand == 'within folds' and r['score'] == 'macro', **r, **n})
+                out.append({**dict(zip(['arm', *by], name)), 'estimand': estimand, 'primary': not by and estimand == 'within folds' and r['score'] == 'macro', **r, 'note': _row_note(r, split, doubt), **n})
     return pd.DataFrame(out)
 
 # %% ../nbs/09_evaluation.ipynb #cdfe2eb7
@@ -394,7 +427,7 @@ def confounding(
 )->pd.Series: # by, cramers_v, p, n_patients, warning ('' where score and `by` are not associated)
     "Association of score and site over patients, with a warning where p < 0.01"
     if by not in predictions: raise EvaluationError(f"the predictions table has no column {by}; join it from the manifest on slide_id")
-    t = predictions[predictions['split'] == split].drop_duplicates('patient_id')
+    t = _check(predictions, split).drop_duplicates('patient_id')
     y, g = t['y'].to_numpy(), pd.factorize(t[by].astype(str))[0]
     count = lambda y: np.bincount(4*g + y, minlength=4*(g.max() + 1)).reshape(-1, 4)
     v, rng = _cramers_v(count(y)), np.random.default_rng(seed)
@@ -442,6 +475,7 @@ def _one_arm(
 )->pd.DataFrame: # rows of that arm
     "The rows of one arm; it must be named where there are several"
     arms = list(predictions['arm'].unique())
+    if not arms: raise EvaluationError("the predictions table has no row; pass the table that cross_validate returned")
     if arm is None and len(arms) > 1: raise EvaluationError(f"the table has arms {arms}; name one with arm=")
     if arm is not None and arm not in arms: raise EvaluationError(f"arm {arm!r} is not in the table; it has {arms}")
     return predictions[predictions['arm'] == (arms[0] if arm is None else arm)]
@@ -466,7 +500,7 @@ def plot_roc(
         ax.plot(grid, b[0], color=colour, lw=1.6, label=f"{SCORES[c]}: {a['auc']:.2f} ({a['low']:.2f} to {a['high']:.2f})")
     ax.plot([0, 1], [0, 1], color='.6', ls='--', lw=1)
     ax.set(xlabel='1 - specificity', ylabel='sensitivity', xlim=(0, 1), ylim=(0, 1.005), aspect='equal', title=f"{one['arm'].iloc[0]}, n = {aucs['n_patients'].iloc[0]} patients")
-    ax.legend(title='score: AUC (95 %)', fontsize=7, title_fontsize=7, loc='lower right', frameon=False)
+    if len(ax.lines) > 1: ax.legend(title='score: AUC (95 %)', fontsize=7, title_fontsize=7, loc='lower right', frameon=False)
     return ax
 
 # %% ../nbs/09_evaluation.ipynb #f0d0acf4
@@ -504,6 +538,16 @@ def _weights(
     draws = np.random.default_rng(seed).multinomial(len(ids), np.full(len(ids), 1/len(ids)), n_boot)
     return np.vstack([np.ones((1, len(ids))), draws])
 
+# %% ../nbs/09_evaluation.ipynb #ef4a37bf
+def _percentiles(
+    v:np.ndarray, # (B,) or (B, T) resampled values
+    level:float=0.95, # confidence
+)->np.ndarray: # (2,) or (2, T) low and high; NaN where resamples are undefined or all the same, for then they know nothing
+    "Percentile interval of resamples"
+    spread = np.fmax.reduce(v) - np.fmin.reduce(v) > 1e-12
+    q = np.nanquantile(np.where(spread, v, 0.), [(1 - level)/2, (1 + level)/2], axis=0)
+    return np.where(spread, q, np.nan)
+
 # %% ../nbs/09_evaluation.ipynb #9d4faba3
 def endpoint_table(
     predictions:pd.DataFrame, # the predictions table; a column `ish` opens the guideline endpoints
@@ -519,7 +563,7 @@ def endpoint_table(
             auc, inf, _ = _influence(h, h['pos'].to_numpy(), h['s'].to_numpy(), h.groupby(_MODEL).ngroup().to_numpy())
             w = _weights(ids, n_boot, seed)
             ap = np.mean([_average_precision(q['pos'].to_numpy(), q['s'].to_numpy(), w[:, np.searchsorted(ids, q['patient_id'])]) for _, q in h.groupby(_MODEL[1:4])], 0)
-            rows.append(dict(arm=arm, endpoint=name, **_auc_row(h, auc, inf, m, len(ids) - m, z), pr_auc=ap[0], pr_low=np.nanquantile(ap[1:], .025), pr_high=np.nanquantile(ap[1:], .975),
+            rows.append(dict(arm=arm, endpoint=name, **_auc_row(h, auc, inf, m, len(ids) - m, z), pr_auc=ap[0], **dict(zip(('pr_low', 'pr_high'), _percentiles(ap[1:]))),
                 prevalence=m/len(ids), n_patients=len(ids), n_left_out=g['patient_id'].nunique() - len(ids)))
     return pd.DataFrame(rows)
 
@@ -538,19 +582,20 @@ def delong_test(
     g = np.zeros(len(y), int); va, vb = _placements(a, y, g)[0], _placements(b, y, g)[0]
     d, diff = va - vb, va[y].mean() - vb[y].mean()
     se = np.sqrt(d[y].var(ddof=1)/y.sum() + d[~y].var(ddof=1)/(~y).sum())
-    z, q = (diff/se if se > 0 else (0. if diff == 0 else np.nan)), stats.norm.ppf((1 + level)/2)
+    z, q = (diff/se, stats.norm.ppf((1 + level)/2)) if se > 0 else (0. if diff == 0 else np.nan, np.nan)
     return pd.Series(dict(auc_a=va[y].mean(), auc_b=vb[y].mean(), difference=diff, low=diff - q*se, high=diff + q*se, se=se, z=z, p=2*stats.norm.sf(abs(z))))
 
 # %% ../nbs/09_evaluation.ipynb #e74d2447
 def _fold_macro(
     t:pd.DataFrame, # patient table
     keys:list=_MODEL, # columns inside which patients are compared
-)->pd.DataFrame: # one row per group: macro AUC, NaN where a score is missing on one side
-    "Macro AUC inside each fold of each model"
+)->pd.DataFrame: # one row per group: AUC of each score and their macro average `auc`, NaN where a score is missing on one side
+    "AUCs inside each fold of each model"
     groups, y = t.groupby(keys), t['y'].to_numpy(); g = groups.ngroup().to_numpy()
     v = np.full((len(t), 4), np.nan)
     for c in range(4): v[y == c, c] = _placements(t[f'p{c}'], y == c, g)[0][y == c]
-    return groups.size().index.to_frame(index=False).assign(auc=pd.DataFrame(v).groupby(g).mean().mean(axis=1, skipna=False).to_numpy())
+    each = pd.DataFrame(v, columns=list(SCORES)).groupby(g).mean()
+    return groups.size().index.to_frame(index=False).assign(auc=each.mean(axis=1, skipna=False), **each)
 
 # %% ../nbs/09_evaluation.ipynb #bf288cb5
 def _holm(
@@ -573,7 +618,7 @@ def _compare(
     parts = [((1/len(d) + ratio)*d.var(ddof=1), len(d) - 1)] + [(b.var(ddof=1)/len(b), len(b) - 1) for b in between if len(b) > 1]
     var = sum(v for v, _ in parts); se = np.sqrt(var)
     df = var**2/sum(v**2/q for v, q in parts) if var > 0 else len(d) - 1
-    half, tt = stats.t.ppf((1 + level)/2, df)*se, d.mean()/se if se > 0 else (0. if d.mean() == 0 else np.nan)
+    half, tt = (stats.t.ppf((1 + level)/2, df)*se, d.mean()/se) if se > 0 else (np.nan, 0. if d.mean() == 0 else np.nan)
     return dict(difference=d.mean(), low=d.mean() - half, high=d.mean() + half, se=se, t=tt, df=df, p=2*stats.t.sf(abs(tt), df))
 
 # %% ../nbs/09_evaluation.ipynb #4093334c
@@ -581,9 +626,9 @@ def compare_arms(
     predictions:pd.DataFrame, # the predictions table
     reference:str|None=None, # compare every arm with this one; None compares all pairs
     level:float=0.95, # confidence
-)->pd.DataFrame: # a row per pair: difference, low, high, se, t, df, p, n_splits, n_pretrain_seeds, scope, p_holm
+)->pd.DataFrame: # a row per pair: difference, low, high, se, t, df, p, n_patients, n_splits, n_pretrain_seeds, scope, p_holm
     "Differences of the primary estimand by corrected repeated cross-validation, pre-training seeds as a random effect"
-    f = _fold_macro(patient_table(predictions)); arms = list(dict.fromkeys(f['arm']))
+    t = patient_table(predictions); f = _fold_macro(t); arms = list(dict.fromkeys(f['arm']))
     if reference is not None and reference not in arms: raise EvaluationError(f"arm {reference!r} is not in the table; it has {arms}")
     pairs = [(a, reference) for a in arms if a != reference] if reference is not None else list(combinations(arms, 2))
     if not pairs: raise EvaluationError("the table has one arm; a comparison needs two")
@@ -594,7 +639,7 @@ def compare_arms(
         if len(d) < 2: raise EvaluationError(f"arms {a} and {b} share {len(d)} test folds with all scores; at least two are needed")
         between = [per_seed[x].dropna() for x in (a, b)]; seeds = [len(x) for x in between]
         scope = 'sources' if min(seeds) > 1 else 'these embedders' if max(seeds) == 1 else 'one arm has a single embedder'
-        rows.append(dict(arm=a, reference=b, **_compare(d, between, 1/(f['fold'].nunique() - 1), level), n_splits=len(d), n_pretrain_seeds=min(seeds), scope=scope))
+        rows.append(dict(arm=a, reference=b, **_compare(d, between, 1/(f['fold'].nunique() - 1), level), n_patients=t['patient_id'].nunique(), n_splits=len(d), n_pretrain_seeds=min(seeds), scope=scope))
     return pd.DataFrame(rows).assign(p_holm=lambda r: _holm(r['p']))
 
 # %% ../nbs/09_evaluation.ipynb #e8cbf365
@@ -612,25 +657,43 @@ def compare_cohorts(
     rows = [dict(arm=a, reference=b, **_compare((auc[a] - auc[b]).to_numpy(), [], 0, level), n_cohorts=len(auc)) for a, b in pairs]
     return pd.DataFrame(rows).assign(p_holm=lambda r: _holm(r['p']))
 
+# %% ../nbs/09_evaluation.ipynb #ae7c6288
+def _statistics(
+    x, # predictions table, or {name: statistic}
+    estimand:str, # 'within folds' or 'pooled'
+)->dict: # (arm, 'macro' or score) or name -> AUC
+    "Macro AUC and the AUC of each score, for every arm of a table"
+    if not isinstance(x, pd.DataFrame): return dict(x)
+    f = _fold_macro(patient_table(x), _MODEL if estimand == 'within folds' else _MODEL[:-1]).groupby('arm', sort=False)[list(SCORES)].mean()
+    f.insert(0, 'macro', f.mean(axis=1, skipna=False))
+    return {(arm, score): v for arm, r in f.iterrows() for score, v in r.items()}
+
+# %% ../nbs/09_evaluation.ipynb #c8e720ce
+def _permutation_p(
+    obs:np.ndarray, # (S,) observed statistics
+    null:np.ndarray, # (N, S) permuted
+)->tuple: # p (S,) and family-wise p (S,)
+    "Permutation p values, each by itself and against the standardised maximum"
+    every = np.vstack([obs, null]); sd = every.std(0)
+    z = (every - every.mean(0))/np.where(sd > 0, sd, 1)
+    return (every >= obs - 1e-12).mean(0), (z.max(1)[:, None] >= z[0] - 1e-9).mean(0)
+
 # %% ../nbs/09_evaluation.ipynb #07b55d56
 def permutation_test(
     observed, # predictions table, or {name: statistic}
     permuted:list, # one predictions table, or one {name: statistic}, per permutation
     estimand:str='within folds', # or 'pooled'; used where tables are given
-)->pd.DataFrame: # per name: observed, null mean and 95 % range, p, p_family (max over names), n_permutations
-    "Compare observed statistics with those of permuted labels; the statistic of a table is the macro AUC of each arm"
-    def stat(x):
-        if not isinstance(x, pd.DataFrame): return pd.Series(x, dtype=float)
-        f = _fold_macro(patient_table(x), _MODEL if estimand == 'within folds' else _MODEL[:-1])
-        return f.groupby(_MODEL[:4])['auc'].mean().groupby('arm', sort=False).mean()
-    obs, null = stat(observed), pd.DataFrame([stat(x) for x in permuted])
+)->pd.DataFrame: # per arm and score (macro first): observed, null mean and 95 % range, p, p_family (max over scores and arms), n_permutations, note
+    "Compare observed AUCs with those of permuted labels"
+    obs, null = pd.Series(_statistics(observed, estimand), dtype=float), pd.DataFrame([_statistics(x, estimand) for x in permuted], dtype=float)
     if not len(null): raise EvaluationError("no permutation given; train 200 or more under permuted labels")
     if missing := set(obs.index) - set(null): raise EvaluationError(f"the permutations lack {sorted(missing)}; permute every arm that was observed")
-    null, n = null[obs.index], len(null)
-    if null.isna().any().any() or obs.isna().any(): raise EvaluationError("a statistic is NaN: a score is missing from a fold; use fewer folds so that every score is in each")
-    p = lambda x, ref: (1 + (ref >= x - 1e-12).sum())/(1 + n)
-    return pd.DataFrame(dict(observed=obs, null_mean=null.mean(), null_low=null.quantile(.025), null_high=null.quantile(.975), p=[p(obs[k], null[k]) for k in obs.index],
-        p_family=[p(obs[k], null.max(axis=1)) for k in obs.index], n_permutations=n)).rename_axis('arm').reset_index()
+    null, n = null[list(obs.index)].to_numpy(), len(null)
+    if np.isnan(null).any() or obs.isna().any(): raise EvaluationError("a statistic is NaN: a score is missing from every fold; use fewer folds so that each score is in one")
+    p, family = _permutation_p(obs.to_numpy(), null); low, high = np.quantile(null, [.025, .975], axis=0)
+    note = '' if n >= 200 else f'{n} permutations, no p below {1/(1 + n):.3f} is possible: 200 or more are needed'
+    out = pd.DataFrame(dict(observed=obs, null_mean=null.mean(0), null_low=low, null_high=high, p=p, p_family=family, n_permutations=n, note=note))
+    return out.rename_axis(['arm', 'score'] if isinstance(observed, pd.DataFrame) else 'name').reset_index()
 
 # %% ../nbs/09_evaluation.ipynb #16c7f30b
 def _nuisance_fit(
@@ -732,7 +795,7 @@ def ordinal_metrics(
         models = [_ordinal(m, w[:, np.searchsorted(ids, m['patient_id'])]) for _, m in g.groupby(_MODEL[1:4])]
         for k in models[0]:
             v = np.mean([m[k] for m in models], 0)
-            rows.append(dict(arm=arm, metric=k, value=v[0], low=np.nanquantile(v[1:], .025), high=np.nanquantile(v[1:], .975), n_patients=len(ids)))
+            rows.append(dict(arm=arm, metric=k, value=v[0], **dict(zip(('low', 'high'), _percentiles(v[1:]))), n_patients=len(ids)))
     return pd.DataFrame(rows)
 
 # %% ../nbs/09_evaluation.ipynb #c7e8b5b6
@@ -910,7 +973,7 @@ def risk_coverage(
             seen, err = wo.cumsum(1), (wo*wrong).cumsum(1)
             at = np.stack([np.argmax(s >= grid[:, None]*s[-1] - 1e-9, axis=1) for s in seen])
             curves.append(np.take_along_axis(err, at, 1)/np.take_along_axis(seen, at, 1))
-        c = np.mean(curves, 0); low, high = np.quantile(c[1:], [.025, .975], axis=0)
+        c = np.mean(curves, 0); low, high = _percentiles(c[1:])
         rows.append(pd.DataFrame(dict(arm=arm, coverage=grid, risk=c[0], low=low, high=high, n_patients=len(ids))))
     return pd.concat(rows, ignore_index=True)
 
@@ -927,6 +990,16 @@ def plot_risk_coverage(
     ax.set(xlabel='share of patients answered', ylabel='error rate among them', xlim=(0, 1), ylim=(0, 1), title=f"n = {table['n_patients'].max()} patients")
     ax.legend(fontsize=7, frameon=False); ax.spines[['top', 'right']].set_visible(False)
     return ax
+
+# %% ../nbs/09_evaluation.ipynb #aab477ac
+def _around(
+    estimate:float, # point estimate
+    draws:np.ndarray, # (B,) draws from its posterior
+)->np.ndarray: # (2,) low and high; NaN where the estimate is undefined
+    "Equal-tailed 95 % interval, widened to the estimate where that lies on the edge (no positive missed, none spared)"
+    if np.isnan(estimate): return np.full(2, np.nan)
+    low, high = np.quantile(draws, [.025, .975])
+    return np.array([min(low, estimate), max(high, estimate)])
 
 # %% ../nbs/09_evaluation.ipynb #879b9770
 def stains_spared(
@@ -948,7 +1021,7 @@ def stains_spared(
             rng = np.random.default_rng(seed); post = lambda q, n: np.r_[q, rng.beta(q*n + .5, (1 - q)*n + .5, draws)]
             se, sp = post(sens, m), post(spec, k); missed, kept = (1 - se)*prevalence, sp*(1 - prevalence)
             with np.errstate(invalid='ignore'): both = {'npv': kept/(missed + kept), 'spared': 1000*(missed + kept), 'missed': 1000*missed}
-            for name, v in both.items(): r[name], r[f'{name}_low'], r[f'{name}_high'] = v[0], *np.quantile(v[1:], [.025, .975])
+            for name, v in both.items(): r[name], r[f'{name}_low'], r[f'{name}_high'] = v[0], *_around(v[0], v[1:])
             rows.append(r)
     return pd.DataFrame(rows)
 
@@ -1078,7 +1151,7 @@ def failure_signatures(
         for arm, r in table.iterrows():
             for _, q in n[n['auc'] >= r['low']].iterrows(): rows.append(('nuisance baseline as good as the model', arm, q['auc'], r['low'], f"{q['arm']} suffices: balance it over the scores, or report the two AUCs side by side"))
     for by in [c for c in ('site', 'scanner') if c in predictions and predictions[c].nunique() > 1]:
-        if (c := confounding(predictions, by))['warning']: rows.append(('score and site confounded', 'all', c['p'], .01, c['warning']))
+        if (c := confounding(predictions, by))['warning']: rows.append((f'score and {by} confounded', 'all', c['p'], .01, c['warning']))
     return pd.DataFrame(rows, columns=['signature', 'arm', 'value', 'limit', 'remedy'])
 
 # %% ../nbs/09_evaluation.ipynb #9d28214c

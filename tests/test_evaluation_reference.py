@@ -1,11 +1,17 @@
 """Every estimator of `her2_mil.evaluation` against slow, plain or foreign implementations, on input found by hypothesis."""
 import warnings
+from io import StringIO
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
-from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_score
+from sklearn.metrics import average_precision_score, cohen_kappa_score, log_loss, mean_absolute_error, mean_squared_error, roc_auc_score
+from statsmodels.stats.proportion import proportion_confint
+
+from conftest import ROOT
 from her2_mil import evaluation as ev
 
 scores = st.lists(st.integers(0, 6), min_size=2, max_size=12)
@@ -145,3 +151,176 @@ def test_one_patient_and_constant_predictions():
     assert flat.auc == .5 and flat.low < .5 < flat.high
     m = ev.ordinal_metrics(table(np.zeros((40, 4)), np.arange(40) % 4, 0), n_boot=20).set_index('metric').value
     assert m['balanced accuracy'] == .25 and m["Somers' D"] == 0
+
+
+# --- intervals and tables against other implementations
+
+
+@pytest.mark.parametrize('method, theirs', [('percentile', 'percentile'), ('bca', 'BCa')])
+def test_bootstrap_intervals_against_scipy(method, theirs):
+    rng = np.random.default_rng(5)
+    pos, neg = rng.normal(1, 1.5, 30), rng.normal(size=45)
+    auc = lambda p, n, axis=-1: (p[..., :, None] > n[..., None, :]).mean((-1, -2))
+    r = stats.bootstrap((pos, neg), auc, method=theirs, n_resamples=4000, rng=np.random.default_rng(0), vectorized=True, batch=500).confidence_interval
+    ours = ev.auc_interval(np.r_[np.ones(30), np.zeros(45)], np.r_[pos, neg], method, n_boot=4000)
+    assert [ours.low, ours.high] == pytest.approx([r.low, r.high], abs=.012)
+
+
+def test_logit_bootstrap_is_the_spread_of_scipys_resamples():
+    rng = np.random.default_rng(6)
+    pos, neg = rng.normal(1, 1, 30), rng.normal(size=45)
+    auc = lambda p, n, axis=-1: (p[..., :, None] > n[..., None, :]).mean((-1, -2))
+    drawn = stats.bootstrap((pos, neg), auc, method='percentile', n_resamples=4000, rng=np.random.default_rng(0), vectorized=True, batch=500).bootstrap_distribution
+    logit = lambda x: np.log(x/(1 - x))
+    half, centre = 1.959964*logit(np.clip(drawn, .5/1350, 1 - .5/1350)).std(ddof=1), logit(auc(pos, neg))
+    ours = ev.auc_interval(np.r_[np.ones(30), np.zeros(45)], np.r_[pos, neg], 'logit bootstrap', n_boot=4000)
+    assert [logit(ours.low), logit(ours.high)] == pytest.approx([centre - half, centre + half], abs=.08)
+
+
+def test_committed_coverage_is_what_its_cell_writes():
+    "Random rows of data/coverage.csv, recomputed with the same seed, digit for digit"
+    there = pd.read_csv(ROOT/'nbs'/'data'/'coverage.csv')
+    cells = there[['n', 'prevalence', 'auc', 'spread']].drop_duplicates()
+    assert len(cells) == 160 and (there.groupby(list(cells)).size() == len(ev._METHODS)).all() and (there.cohorts >= 1000).all()
+    for c in [*cells.query('n <= 40').sample(5, random_state=1).itertuples(), *cells.query('n == 100').sample(1, random_state=1).itertuples()]:
+        ours = pd.read_csv(StringIO(ev._coverage(c.n, c.prevalence, c.auc, c.spread, cohorts=2000).round(4).to_csv(index=False)))
+        same = there.query(f'n == {c.n} and prevalence == {c.prevalence} and auc == {c.auc} and spread == {c.spread}').reset_index(drop=True)
+        pd.testing.assert_frame_equal(ours, same, check_exact=True)
+
+
+@pytest.mark.parametrize('name', ['coverage', 'macro', 'type1', 'chance'])
+def test_every_committed_simulation_has_a_thousand_cohorts(name):
+    t = pd.read_csv(ROOT/'nbs'/'data'/f'{name}.csv')
+    assert (t.cohorts >= 1000).all() and set(t.run) == {name} and t.seed.notna().all()
+
+
+@quick
+@given(st.integers(0, 10**6))
+def test_family_wise_p_against_a_plain_loop(seed):
+    rng = np.random.default_rng(seed)
+    obs, null = rng.normal(.2, 1, 4)*[1, 1, 2, 5], rng.normal(size=(30, 4))*[1, 1, 2, 5]
+    p, family = ev._permutation_p(obs, null)
+    rows = [list(obs), *map(list, null)]
+    mean, sd = [np.mean([r[k] for r in rows]) for k in range(4)], [np.std([r[k] for r in rows]) for k in range(4)]
+    top = [max((r[k] - mean[k])/sd[k] for k in range(4)) for r in rows]
+    for k in range(4):
+        assert p[k] == pytest.approx((1 + sum(r[k] >= obs[k] for r in null))/31)
+        assert family[k] == pytest.approx(sum(t >= (obs[k] - mean[k])/sd[k] - 1e-9 for t in top)/31)
+        assert family[k] >= p[k] - 1e-12
+
+
+@quick
+@given(st.integers(0, 10**6))
+def test_scores_and_calibration_against_sklearn_and_plain_loops(seed):
+    rng = np.random.default_rng(seed)
+    y, logits = np.arange(40) % 4, rng.normal(size=(40, 4))
+    t = table(logits, y, np.arange(40)//8)
+    p = ev._softmax(logits)
+    e, call = p @ np.arange(4), p.argmax(1)
+    m = ev.ordinal_metrics(t, n_boot=5).set_index('metric').value
+    assert m['MAE (argmax)'] == pytest.approx(mean_absolute_error(y, call)) and m['MAE (expected score)'] == pytest.approx(mean_absolute_error(y, e))
+    assert m['adjacent accuracy (argmax)'] == pytest.approx(np.mean([abs(a - b) <= 1 for a, b in zip(y, call)]))
+    assert m['adjacent accuracy (expected score)'] == pytest.approx(np.mean([abs(a - round(b)) <= 1 for a, b in zip(y, e)]))
+    c = ev.calibration(t, n_null=5).iloc[0]
+    assert c.brier == pytest.approx(sum(mean_squared_error(y == k, p[:, k]) for k in range(4)))
+    gap = 0
+    for b in range(10):
+        i = [j for j in range(40) if b/10 <= p[j].max() < (b + 1)/10]
+        if i:
+            gap += len(i)/40*abs(np.mean([call[j] == y[j] for j in i]) - np.mean([p[j].max() for j in i]))
+    assert c.ece == pytest.approx(gap)
+
+
+def test_temperature_against_a_grid():
+    rng = np.random.default_rng(2)
+    y, logits = np.arange(80) % 4, 3*rng.normal(size=(80, 4))
+    logits[np.arange(80), y] += 2
+    grid = np.geomspace(.05, 20, 4000)
+    loss = [log_loss(y, ev._softmax(logits/g)) for g in grid]
+    assert ev._temperature(logits, y) == pytest.approx(grid[np.argmin(loss)], rel=.01)
+
+
+def test_risk_coverage_by_sorting():
+    rng = np.random.default_rng(3)
+    y, logits = np.arange(40) % 4, rng.normal(size=(40, 4))
+    p = ev._softmax(logits)
+    order = sorted(range(40), key=lambda i: -p[i].max())
+    for r in ev.risk_coverage(table(logits, y, 0), n_boot=5).itertuples():
+        surest = order[:int(np.ceil(r.coverage*40 - 1e-9))]
+        assert r.risk == pytest.approx(np.mean([p[i].argmax() != y[i] for i in surest]))
+
+
+def test_stains_spared_against_bayes_and_statsmodels():
+    y = np.r_[np.full(20, 3), np.arange(60) % 3]
+    low3 = np.r_[np.arange(20) < 5, np.arange(60) < 40]  # p(3+) below the threshold: 5 of 20 positives, 40 of 60 negatives
+    logits = np.zeros((80, 4))
+    logits[:, 3] = np.where(low3, -9, 9)
+    r = ev.stains_spared(table(logits, y, 0), .2, thresholds=(.5,), draws=200_000).iloc[0]
+    assert (r.sensitivity, r.specificity) == (.75, pytest.approx(2/3))
+    assert r.npv == pytest.approx(2/3*.8/(2/3*.8 + .25*.2)) and r.spared == pytest.approx(1000*(.25*.2 + 2/3*.8))
+    assert [r.missed_low/200, r.missed_high/200] == pytest.approx(proportion_confint(5, 20, method='jeffreys'), abs=.003)
+
+
+# --- input from which nothing, or little, can be known
+
+
+def degenerate():
+    y = np.arange(40) % 4
+    five, wrong = np.arange(40)//8, np.where(y == 3, 1 + np.arange(40)//4 % 4, np.arange(40)//4 % 5)
+    noise = np.random.default_rng(0).normal(size=(40, 4))
+    yield 'one patient', table(noise[:1], np.array([2]), 0)
+    yield 'two patients', table(noise[:2], np.array([2, 3]), 0)
+    yield 'one score', table(noise[:12], np.full(12, 1), np.arange(12) % 3)
+    yield 'no 3+', table(noise[:30], np.arange(30) % 3, np.arange(30)//3 % 5)
+    yield '3+ missing in a fold', table(noise, y, wrong)
+    yield 'one patient a fold', table(noise[:8], np.arange(8) % 4, np.arange(8))
+    yield 'constant', table(np.zeros((40, 4)), y, five)
+    yield 'separated', table(50.*np.eye(4)[y], y, five)
+    yield 'huge', table(1e300*np.eye(4)[y], y, five)
+    yield 'NaN', table(np.full((40, 4), np.nan), y, five)
+    yield 'infinite', table(np.full((40, 4), np.inf), y, five)
+    yield 'no score', table(noise, y, five).assign(y=np.nan)
+    yield 'no patient', table(noise, y, five).assign(patient_id=None)
+    yield 'no fold', table(noise, y, five).assign(fold=np.nan)
+    yield 'empty', table(noise, y, five)[:0]
+
+
+def two(t):
+    return pd.concat([t, t.assign(arm='b')])
+
+
+REFUSED = {'NaN', 'infinite', 'no score', 'no patient', 'no fold', 'empty'}
+FUNCTIONS = dict(auc_table=ev.auc_table, by_site=lambda t: ev.auc_table(t, by='site'), endpoint_table=lambda t: ev.endpoint_table(t, n_boot=20), ordinal_metrics=lambda t: ev.ordinal_metrics(t, n_boot=20),
+                 calibration=lambda t: ev.calibration(t, n_null=20), risk_coverage=lambda t: ev.risk_coverage(t, n_boot=20), stains_spared=lambda t: ev.stains_spared(t, .1), confounding=ev.confounding,
+                 failure_signatures=ev.failure_signatures, compare_arms=lambda t: ev.compare_arms(two(t)), compare_cohorts=lambda t: ev.compare_cohorts([two(t)]*3),
+                 permutation_test=lambda t: ev.permutation_test(t, [t]*5), plot_roc=lambda t: ev.plot_roc(t, n_boot=20), plot_confusion=ev.plot_confusion, plot_scores=ev.plot_scores,
+                 plot_reliability=ev.plot_reliability)
+BOUNDED = ['auc', 'low', 'high', 'pr_auc', 'risk', 'sensitivity', 'specificity', 'npv', 'npv_low', 'npv_high', 'p', 'p_holm', 'p_family', 'ece', 'ece_p', 'observed']
+
+
+@pytest.mark.parametrize('name', FUNCTIONS)
+@pytest.mark.parametrize('what, t', list(degenerate()), ids=[w for w, _ in degenerate()])
+@pytest.mark.filterwarnings('error')
+def test_degenerate_input_gives_a_sentence_or_nan_never_a_wrong_number(name, what, t):
+    plt.switch_backend('Agg')
+    try:
+        r = FUNCTIONS[name](t.assign(site=np.where(np.arange(len(t))//4 % 2, 'x', 'z'), n_patches=10, attention_entropy=2.))
+    except ev.EvaluationError as e:
+        assert len(str(e)) > 20 and (what in REFUSED or name in ('compare_arms', 'compare_cohorts', 'permutation_test'))
+        return
+    finally:
+        plt.close('all')
+    assert what not in REFUSED
+    if isinstance(r, pd.DataFrame) and name not in ('compare_arms', 'compare_cohorts', 'ordinal_metrics', 'failure_signatures'):
+        for c in set(BOUNDED) & set(r):
+            assert r[c].dropna().between(0, 1).all(), (c, r[c])
+    if {'low', 'high'} <= set(getattr(r, 'columns', [])):  # no interval pretends to know everything
+        known = r.dropna(subset=['low', 'high'])
+        assert (known.low < known.high).all()
+
+
+def test_identical_or_constant_arms_have_no_interval():
+    y, a = np.arange(40) % 4, np.random.default_rng(0).normal(size=40)
+    assert np.isnan(ev.delong_test(y == 3, a, a).low) and ev.delong_test(y == 3, a, a).p == 1
+    r = ev._compare(np.full(5, .1), [], .25, .95)
+    assert np.isnan([r['low'], r['high'], r['p']]).all()
