@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_PREPROCESSING', 'SOURCES', 'Features', 'plot_alexnet', 'EmbedderError', 'normalise_patches',
-           'feature_module', 'choose_device', 'choose_precision', 'Embedder', 'hash_weights', 'feature_cosines',
-           'save_weights', 'load_weights', 'weights_folder', 'get_embedder', 'list_embedders', 'caffe_squeezenet',
-           'read_features', 'embed_slide', 'embed_cohort', 'first_filters', 'plot_mosaic', 'exciting_patches',
-           'nearest_patches', 'cka']
+           'feature_module', 'choose_device', 'choose_precision', 'PixelConv', 'Embedder', 'hash_weights',
+           'feature_cosines', 'save_weights', 'load_weights', 'weights_folder', 'get_embedder', 'list_embedders',
+           'caffe_squeezenet', 'read_features', 'embed_slide', 'embed_cohort', 'first_filters', 'plot_mosaic',
+           'exciting_patches', 'nearest_patches', 'cka']
 
 # %% ../nbs/05_embedding.ipynb #1a5d6420
 import copy, hashlib, json, math, os, platform, re, shutil, tempfile, time, urllib.request
@@ -21,6 +21,7 @@ import h5py, numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 import torch, torchvision
+import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from joblib import Parallel, delayed
@@ -96,12 +97,15 @@ def _alexnet_layer(net, layer):
 # %% ../nbs/05_embedding.ipynb #aacd5e81
 def feature_module(
     net:nn.Module,            # a whole classification network
-    architecture:str,         # its torchvision name
+    architecture:str,         # its torchvision name, or `timm:<model>`
     layer:str|None=None,      # default: `conv5` for AlexNet, `features` for SqueezeNet, else `penultimate`
 ) -> tuple:                   # (module from normalised (N, 3, H, W) to (N, D), name of the layer)
     "The part of a network that makes features, sharing its weights"
     default = {'alexnet': 'conv5', 'squeezenet1_0': 'features', 'squeezenet1_1': 'features'}
     layer = layer or default.get(architecture, 'penultimate')
+    if architecture.startswith('timm:'):
+        if layer != 'penultimate': raise EmbedderError(f"timm models give the layer 'penultimate' only, not {layer!r}.")
+        return nn.Sequential(net, _Positions()), layer
     if architecture == 'alexnet': return _alexnet_layer(net, layer), layer
     if layer == 'features' and hasattr(net, 'features'): return _pooled(net.features), layer
     if layer == 'penultimate': return _without_head(net), layer
@@ -147,6 +151,77 @@ def choose_precision(
     has = torch.cuda.is_bf16_supported() if device.startswith('cuda') else device == 'cpu' and _cpu_has_bfloat16()
     return 'bfloat16' if has else 'float32'
 
+# %% ../nbs/05_embedding.ipynb #e85ffe7a
+def _pieces(
+    work,               # function of an index range (start, stop)
+    n:int,              # how many in all
+    step:int,           # how many at once
+    workers:int=2,      # threads; as many pieces again wait to be collected: bounds memory
+    torch_threads:int=1,# OpenMP threads of torch inside each
+):
+    "Yield (start, what `work` gave) in order, several pieces at once"
+    starts = range(0, n, step)
+    if workers == 1: yield from ((a, work(a, min(a+step, n))) for a in starts); return
+    before, queue = torch.get_num_threads(), deque()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(torch_threads,))
+    try:
+        for start in starts:
+            queue.append((start, pool.submit(work, start, min(start+step, n))))
+            if len(queue) > 2*workers: start, job = queue.popleft(); yield start, job.result()
+        for start, job in queue: yield start, job.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
+
+# %% ../nbs/05_embedding.ipynb #a7c1e005
+class PixelConv(nn.Module):
+    "A first convolution with normalisation inside its weights, for uint8 patches as `columns` arranges them"
+    def __init__(self,
+        conv:nn.Conv2d,     # on three channels; float32; square, with bias
+        preprocessing:dict, # see `normalise_patches`
+    ):
+        super().__init__()
+        (self.kernel, _), (self.stride, _), (self.pad, _) = conv.kernel_size, conv.stride, conv.padding
+        mean, std = (torch.tensor(preprocessing[k], dtype=torch.float64) for k in ('mean', 'std'))
+        scale, shift = (preprocessing['range']/255/std).view(3, 1, 1), (-mean/std).view(3, 1, 1)
+        w, white = conv.weight.double(), mean*255/preprocessing['range'] - 128 # a pixel that is 0 once normalised
+        bias = conv.bias + (w*(128*scale + shift)).sum((1, 2, 3))
+        w = w*scale
+        if preprocessing['channels'] == 'BGR': w, white = w.flip(1), white.flip(0)
+        w = F.pad(w, (0, -self.kernel % self.stride)).unflatten(3, (-1, self.stride)) # (out, 3, rows, columns, stride)
+        w = w.permute(0, 4, 1, 2, 3).flatten(1, 2)
+        for name, t in dict(weight=w, bias=bias, white=white).items(): self.register_buffer(name, t.float())
+
+# %% ../nbs/05_embedding.ipynb #a7c1e006
+@patch
+def columns(self:PixelConv,
+    pixels,           # uint8 (N, H, W, 3), always RGB
+) -> torch.Tensor:    # (N, 3*stride, rows, columns) in the precision of the weights
+    "Pixels as the kernel wants them: less 128, padded with the mean colour, `stride` columns side by side"
+    n, h, w, _ = pixels.shape
+    p, s, last = self.pad, self.stride, self.weight.shape[-1] - 1
+    down, across = ((side + 2*p - self.kernel)//s for side in (h, w)) # steps of the kernel
+    x = self.white.expand(n, down*s + self.kernel, (across + last + 1)*s, 3).contiguous()
+    inside = x[:, p:p+h, p:p+w]
+    inside.copy_(pixels[:, :inside.shape[1], :inside.shape[2]]).sub_(128)
+    return x.view(n, x.shape[1], -1, 3*s).permute(0, 3, 1, 2)
+
+@patch
+def forward(self:PixelConv,
+    x,                # what `columns` gives
+) -> torch.Tensor:    # the first map
+    "One convolution, `stride` rows at a time"
+    return F.conv2d(x, self.weight, self.bias, (self.stride, 1))
+
+# %% ../nbs/05_embedding.ipynb #a7c1e009
+def _entry(module):
+    "The Sequential whose first layer meets the pixels, if that is a convolution that `PixelConv` can stand in for"
+    while isinstance(module, nn.Sequential) and isinstance(module[0], nn.Sequential): module = module[0]
+    conv = module[0] if isinstance(module, nn.Sequential) else None
+    if not isinstance(conv, nn.Conv2d) or conv.bias is None or conv.padding_mode != 'zeros': return None
+    square = all(a == b for a, b in (conv.kernel_size, conv.stride, tuple(conv.padding)[:2]))
+    return module if square and (conv.in_channels, conv.groups, conv.dilation) == (3, 1, (1, 1)) else None
+
 # %% ../nbs/05_embedding.ipynb #589e41a9
 class Embedder:
     "A frozen network that turns uint8 patches (N, H, W, 3) into float32 features (N, D)"
@@ -162,28 +237,26 @@ class Embedder:
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
         self.name, self.preprocessing = self.card['name'], self.card['preprocessing']
+        self.takes_pixels = (self.device, self.precision) == ('cpu', 'bfloat16') and _entry(module) is not None
     def __repr__(self): return f"Embedder({self.name!r}, {self.card['architecture']} {self.layer}, {self.dim} features, {self.precision})"
-    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != '_net'}
+    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k not in ('_net', '_first')}
 
 # %% ../nbs/05_embedding.ipynb #deb0bff3
 @patch
 def _ready(self:Embedder):
     "Make the module's copy in the chosen precision and memory layout, once"
     if '_net' not in self.__dict__:
-        net = copy.deepcopy(self.module).to(self.device, getattr(torch, self.precision), memory_format=torch.channels_last)
-        self._net = torch.compile(net, dynamic=False) if self.compile else net
+        net = copy.deepcopy(self.module)
+        if self.takes_pixels: self._first = _entry(net)[0] = PixelConv(_entry(net)[0], self.preprocessing)
+        net = net.to(self.device, getattr(torch, self.precision), memory_format=torch.channels_last)
+        self._net = torch.compile(net, dynamic=False, options=dict(freezing=self.device == 'cpu')) if self.compile else net
     return self
 
 @patch
-def _run(self:Embedder, x):
-    "The network on a prepared batch"
-    try: return self._ready()._net(x)
-    except RuntimeError as e: raise EmbedderError(f"{self!r} failed on patches of {x.shape[-1]} px: {str(e).strip().splitlines()[0]}") from None
-
-@patch
 def _input(self:Embedder, patches, pad=0, piece=4):
-    "A batch as the network wants it, converted in pieces that stay in the cache; padded with zeros to `pad` patches"
+    "A batch as the network wants it, filled up to `pad` patches; normalised in pieces that stay in the cache"
     n, h, w, _ = patches.shape
+    if self.takes_pixels: return F.pad(self._ready()._first.columns(torch.from_numpy(np.ascontiguousarray(patches))), (0,)*7 + (max(0, pad-n),))
     x = torch.empty((max(n, pad), 3, h, w), dtype=getattr(torch, self.precision), memory_format=torch.channels_last)
     x[n:] = 0
     for i in range(0, n, piece): x[i:i+piece] = self.normalise(patches[i:i+piece])
@@ -199,21 +272,30 @@ def normalise(self:Embedder,
 # %% ../nbs/05_embedding.ipynb #b97b9834
 @patch
 @torch.inference_mode()
+def _features(self:Embedder, patches, pad=0):
+    "Features of patches that go through the network together"
+    try: return self._ready()._net(self._input(patches, pad)).float().cpu().numpy()[:len(patches)]
+    except RuntimeError as e: raise EmbedderError(f"{self!r} failed on patches of {patches.shape[1]} px: {str(e).strip().splitlines()[0]}") from None
+
+@patch
 def __call__(self:Embedder,
     patches:np.ndarray, # uint8 (N, H, W, 3), RGB
-    batch:int=64,       # patches in the network at once: bounds memory
+    batch:int=64,       # at most so many patches in the network at once: bounds memory
 ) -> np.ndarray:        # float32 (N, D)
     "Features of patches"
     shape = getattr(patches, 'shape', None)
     if getattr(patches, 'dtype', None) != np.uint8 or len(shape) != 4 or shape[-1] != 3:
         raise EmbedderError(f"Patches must be uint8 (N, H, W, 3), not {getattr(patches, 'dtype', type(patches).__name__)} {shape}.")
-    out = np.empty((len(patches), self.dim), np.float32)
-    for i in range(0, len(patches), batch):
-        x = self._input(patches[i:i+batch], batch if self.compile else 0)
-        out[i:i+batch] = self._run(x).float().cpu().numpy()[:len(patches)-i]
+    n, one_place = len(patches), self.compile or self.device != 'cpu'
+    cores = 1 if one_place else torch.get_num_threads()
+    step = batch if one_place else max(1, min(batch//cores, 16, -(-n//cores))) # 16 patches stay in a core's cache
+    self._ready()
+    out = np.empty((n, self.dim), np.float32)
+    for i, f in _pieces(lambda a, b: self._features(patches[a:b], batch*self.compile), n, step, cores): out[i:i+len(f)] = f
     if not np.isfinite(out).all(): raise EmbedderError(f"{self!r} gave features that are not finite; its weights, preprocessing or precision are wrong.")
     return out
 
+# %% ../nbs/05_embedding.ipynb #a7c1e010
 @patch(as_prop=True)
 def dim(self:Embedder) -> int:
     "Length of a feature vector"
@@ -234,10 +316,10 @@ def hash_weights(module:nn.Module) -> str:
 
 @patch(as_prop=True)
 def sha256(self:Embedder) -> str:
-    "Identity: hash over architecture, layer, preprocessing, precision and weights"
+    "Identity: hash over architecture, layer, preprocessing, arithmetic and weights"
     if '_sha256' not in self.__dict__:
         what = dict(architecture=self.card['architecture'], layer=self.layer, preprocessing=self.preprocessing,
-                    precision=self.precision + '+compile'*self.compile, weights=hash_weights(self.module))
+                    precision=self.precision + '+pixels1'*self.takes_pixels + '+frozen'*self.compile, weights=hash_weights(self.module))
         self._sha256 = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     return self._sha256
 
@@ -329,7 +411,8 @@ def load_weights(
 
 # %% ../nbs/05_embedding.ipynb #d8e174d4
 def _architecture(name):
-    "A torchvision network without numbers: on torch's meta device where it can be"
+    "A network without numbers: torchvision's on torch's meta device where it can be"
+    if name.startswith('timm:'): return _timm_network(name[5:])
     if name not in torchvision.models.list_models():
         raise EmbedderError(f"Architecture {name!r} is unknown to torchvision {torchvision.__version__}; see torchvision.models.list_models().")
     make = partial(torchvision.models.get_model, name, weights=None, **(dict(init_weights=False) if name in ('googlenet', 'inception_v3') else {}))
@@ -395,17 +478,25 @@ def _from_torchvision(architecture, layer=None, weights=None, name=None):
     return module, card, layer
 
 # %% ../nbs/05_embedding.ipynb #0ed41b20
-def _from_timm(model, layer=None):
-    "Module, card and layer of a timm model with its pre-trained weights"
+def _timm_network(model, **kwargs):
+    "A timm model without its classifier"
     try: import timm
     except ImportError: raise EmbedderError(f"timm:{model} needs timm, which is not installed; pip install timm.") from None
-    if layer not in (None, 'penultimate'): raise EmbedderError(f"timm models give the layer 'penultimate' only, not {layer!r}.")
-    try: net = timm.create_model(model, pretrained=True, num_classes=0)
-    except Exception as e: raise EmbedderError(f"timm could not load {model!r} with weights ({type(e).__name__}: {str(e).splitlines()[0][:120]}).") from None
-    cfg = timm.data.resolve_model_data_config(net)
-    card = dict(name=f'timm-{model.replace("/", "-")}', architecture=f'timm:{model}', source=str(net.pretrained_cfg.get('tag') or 'timm'), licence=str(net.pretrained_cfg.get('license') or 'see the model card'),
+    try: return timm.create_model(model, num_classes=0, **kwargs)
+    except Exception as e:
+        why = next(iter(str(e).strip().splitlines()), '')[:160]
+        raise EmbedderError(f"timm could not load {model!r} ({type(e).__name__}: {why}); check the name with timm.list_pretrained(), accept its licence and log in to Hugging Face, "
+                            "or put its config.json and model.safetensors in a folder and ask for timm:local-dir:<folder>.") from None
+
+def _from_timm(model, layer=None):
+    "Module, card and layer of a timm model with its pre-trained weights"
+    net = _timm_network(model, pretrained=True)
+    from timm.data import resolve_model_data_config
+    cfg, origin = resolve_model_data_config(net), net.pretrained_cfg
+    if model.startswith('local-dir:'): model = origin['architecture'] # where the folder lies is no part of the identity
+    card = dict(name=f'timm-{model.replace("/", "-")}', architecture=f'timm:{model}', source=str(origin.get('hf_hub_id') or origin.get('tag') or 'timm'), licence=str(origin.get('license') or 'see the model card'),
                 input_size=cfg['input_size'][1], preprocessing=dict(channels='RGB', range=1.0, mean=list(cfg['mean']), std=list(cfg['std'])))
-    return nn.Sequential(net, _Positions()), card, 'penultimate'
+    return *feature_module(net, card['architecture'], layer)[:1], card, 'penultimate'
 
 # %% ../nbs/05_embedding.ipynb #a650cc0b
 def get_embedder(
@@ -525,26 +616,6 @@ def _is_current(path, slide, coords, embedder, spec, views=0) -> bool:
             n_views = len(f['views']) if 'views' in f else 0
             return bool(same and n_views == views and np.array_equal(f['coords'][:], coords))
     except (OSError, KeyError): return False
-
-# %% ../nbs/05_embedding.ipynb #e85ffe7a
-def _pieces(
-    work,               # function of an index range (start, stop)
-    n:int,              # how many in all
-    step:int,           # how many at once
-    workers:int=2,      # threads; as many pieces again wait to be collected: bounds memory
-    torch_threads:int=1,# OpenMP threads of torch inside each
-):
-    "Yield (start, what `work` gave) in order, several pieces at once"
-    before, queue = torch.get_num_threads(), deque()
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(torch_threads,))
-    try:
-        for start in range(0, n, step):
-            queue.append((start, pool.submit(work, start, min(start+step, n))))
-            if len(queue) > 2*workers: start, job = queue.popleft(); yield start, job.result()
-        for start, job in queue: yield start, job.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(before)
 
 # %% ../nbs/05_embedding.ipynb #c423d8ea
 def _augmented(patches, strength, generator):
@@ -675,7 +746,7 @@ def _gather(jobs, rows, progress):
     "Collect what `_embed_row` gives, with a progress bar"
     files, failures, seconds = [], [], {}
     with tqdm(jobs, total=len(rows), unit='slide', disable=None if progress is None else not progress) as bar:
-        for row, (made, failed, took) in zip(rows, bar):
+        for (made, failed, took), row in zip(bar, rows): # the bar first: it must see its own end
             files += made
             seconds[row['slide_id']] = took
             if failed: failures.append(failed)
@@ -718,22 +789,26 @@ def first_filters(embedder) -> np.ndarray:
     pictures = weight.permute(0, 2, 3, 1).numpy()
     return .5 + .5*pictures/np.abs(pictures).max((1, 2, 3), keepdims=True)
 
+# %% ../nbs/05_embedding.ipynb #a7c1e016
 def plot_mosaic(
     ax,               # axes to draw on
     patches,          # (N, h, w, 3), uint8 or in [0, 1]
     columns:int=8,    # patches in a row
     gap:int=1,        # px between them
-):                    # the axes
-    "Small pictures in a grid"
+):                    # the axes; row k is centred at y = k*(h+gap) + (h-1)/2, column k likewise, for tick labels
+    "Small pictures in a grid, row by row, no frame"
     patches = np.asarray(patches)
+    if patches.ndim != 4 or not len(patches): raise EmbedderError(f"A mosaic needs one picture or more, (N, h, w, 3), not {patches.shape}.")
+    if patches.dtype != np.uint8: patches = np.clip(patches, 0, 1)
     n, h, w, _ = patches.shape
+    columns = min(columns, n)
     rows, white = -(-n//columns), 255 if patches.dtype == np.uint8 else 1.
     canvas = np.full((rows*(h+gap)-gap, columns*(w+gap)-gap, 3), white, patches.dtype)
     for i, p in enumerate(patches):
         y, x = i//columns*(h+gap), i%columns*(w+gap)
         canvas[y:y+h, x:x+w] = p
     ax.imshow(canvas, interpolation='nearest')
-    ax.set(xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[], frame_on=False)
     return ax
 
 # %% ../nbs/05_embedding.ipynb #ec64e284
