@@ -4,16 +4,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import cv2
 import imagecodecs
 import numpy as np
 import openslide
+import pandas as pd
 import tifffile
 from PIL import Image
 
+from her2_mil.cohort import SCORES, read_manifest
 from her2_mil.phantom import PhantomWorld, phantom_slide
 from her2_mil.slide import WholeSlide
 from her2_mil.tiling import TileSpec, read_patches, tile_slide
@@ -109,16 +114,76 @@ def read_patches_svs():
     return _reading('read_patches_svs', SCAN, coords, spec, 5)
 
 
+def read_patches_fallback():
+    "A slide that the fast path does not take (tiles compressed without loss): OpenSlide reads, and must not be slower for it"
+    path, spec = FOLDER/'lossless.tif', TileSpec()
+    if not path.exists():
+        px, part = np.tile(_phantom_pixels(), (2, 2, 1)), path.with_suffix('.part')
+        tifffile.imwrite(part, px, tile=(256, 256), photometric='rgb', compression='zlib', metadata=None, resolution=(4e4,)*2, resolutionunit='CENTIMETER')
+        os.replace(part, path)
+    with WholeSlide(path) as s, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return _reading('read_patches_fallback', path, tile_slide(s, spec).coords, spec, 5)
+
+
 def read_patches_two_threads():
-    "Two threads over one, same patches"
+    "Two threads over one, same patches; what the decoder alone gains from a second thread stands in the note"
     path, spec = _big_slide(16384), TileSpec()
     cv2.setNumThreads(1)
     with WholeSlide(path) as s:
         coords = tile_slide(s, spec).coords
-        coords = coords[(coords < 448*24).all(1)]
-        pairs = [(_timed(lambda: read_patches(s, coords, spec, threads=2))[0], _timed(lambda: read_patches(s, coords, spec))[0]) for _ in range(3)]
-    two, one = (len(coords)/median(v) for v in zip(*pairs))
-    return [_row('read_patches_two_threads', two, one, 'patches/s', two/one, len(coords), f'{os.cpu_count()} CPUs')]
+        coords = coords[(coords < 448*16).all(1)]
+        def cpu(n):
+            start = time.process_time()
+            seconds = _timed(lambda: read_patches(s, coords, spec, threads=n))[0]
+            return seconds, time.process_time() - start
+        rounds = [(*cpu(2), *cpu(1), _decoder_alone(s, coords, spec, 2)[0], _decoder_alone(s, coords, spec)[0]) for _ in range(25)]
+    two, cpu_two, one, cpu_one, limit_two, limit_one = (median(v) for v in zip(*rounds))
+    return [_row('read_patches_two_threads', len(coords)/two, len(coords)/one, 'patches/s', one/two, len(coords),
+                 f'{os.cpu_count()} CPUs; the decoder alone gains {limit_one/limit_two:.2f}; CPU time {cpu_two/cpu_one:.2f} of one thread\'s, {cpu_two/two:.2f} CPUs at work')]
+
+
+def _decoder_alone(slide, coords, spec, threads=1):
+    "Seconds to decode each tile that the patches touch once, and nothing else; the number of tiles"
+    level = slide._level_for(spec.mpp)
+    tiles, side = slide._native(level), spec.patch*spec.mpp/slide.mpp[0]/slide.level_downsamples[level]
+    at = np.asarray(coords)/slide.level_downsamples[level]
+    touched = sorted({(ty*tiles.across + tx) for x, y in at for ty in range(int(y//tiles.tile[1]), int(-(-(y + side)//tiles.tile[1])))
+                      for tx in range(int(x//tiles.tile[0]), int(-(-(x + side)//tiles.tile[0])))})
+    def some(part):
+        for i in part: tiles.decode(i)
+    def run():
+        with ThreadPoolExecutor(threads) as pool: list(pool.map(some, np.array_split(touched, threads)))
+    return _timed(run)[0], len(touched)
+
+
+def read_patches_of_limit():
+    "Reading against the decoder alone, and where the rest of the time goes"
+    path, spec = _big_slide(16384), TileSpec()
+    cv2.setNumThreads(1)
+    with WholeSlide(path) as s:
+        coords = tile_slide(s, spec).coords
+        coords = coords[(coords < 448*16).all(1)]
+        tiles, decoded, spent = s._native(0), [], dict(decoding=0., averaging=0.)
+        def timed(f, what):
+            def g(*args, **kw):
+                seconds, out = _timed(lambda: f(*args, **kw))
+                spent[what] += seconds
+                return out
+            return g
+        ours, limit = [], []
+        for _ in range(15):
+            ours.append(_timed(lambda: read_patches(s, coords, spec))[0])
+            limit.append(_decoder_alone(s, coords, spec)[0])
+        n_tiles, decode = _decoder_alone(s, coords, spec)[1], tiles.decode
+        tiles.decode = lambda i, k=1: (decoded.append(i), decode(i, k))[1]
+        with mock.patch.object(imagecodecs, 'jpeg8_decode', timed(imagecodecs.jpeg8_decode, 'decoding')), mock.patch.object(cv2, 'resize', timed(cv2.resize, 'averaging')):
+            whole = sum(_timed(lambda: read_patches(s, coords, spec))[0] for _ in range(5))
+        del tiles.decode
+    ours, limit = median(ours), median(limit)
+    return [_row('read_patches_of_limit', len(coords)/ours, len(coords)/limit, 'patches/s', limit/ours, len(coords),
+                 f'reference: each tile decoded once and nothing else; ours decodes {len(decoded)//5} times for {n_tiles} tiles; of its time {spent["decoding"]/whole:.0%} is decoding, '
+                 f'{spent["averaging"]/whole:.0%} averaging, {1 - sum(spent.values())/whole:.0%} file, copies and Python')]
 
 
 def mask_and_grid_100k():
@@ -147,3 +212,53 @@ def tiling_memory_100k():
     def peak(path): return float(subprocess.run([sys.executable, '-c', PEAK, str(path)], capture_output=True, text=True, check=True).stdout.split()[-1])
     large, small = peak(_big_slide(100_000, .3)), peak(_big_slide(8192, .3))
     return [_row('tiling_memory_100k', large, small, 'MB', large/small, 3, 'bags of 100')]
+
+
+def read_manifest_100k():
+    "A manifest of 100,000 rows, every cell checked; the reference is pandas' own reading of the file, unchecked"
+    path = FOLDER/'manifest.csv'
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    rows = (f's{i},p{i//2},{SCORES[i//2 % 4]},slides/s{i}.svs,{i:064x},0.25,site{i % 9},GT450' for i in range(100_000))
+    path.write_text('\n'.join(['slide_id,patient_id,her2_score,uri,sha256,mpp,site,scanner', *rows]))
+    pairs = [(_timed(lambda: read_manifest(path))[0], _timed(lambda: pd.read_csv(path, dtype=str))[0]) for _ in range(5)]
+    ours, theirs = (median(v) for v in zip(*pairs))
+    return [_row('read_manifest_100k', ours, theirs, 's', theirs/ours, 100_000, 'every cell checked; reference: pandas reads the file and checks nothing')]
+
+
+def _other_readers(path):
+    "Other readers that are installed: name -> function (x, y, side) -> level-0 pixels"
+    def tiffslide():
+        from tiffslide import TiffSlide
+        s = TiffSlide(path)
+        return lambda x, y, n: s.read_region((x, y), 0, (n, n), as_array=True)
+    def fastslide():
+        from fastslide import FastSlide
+        s = FastSlide.from_file_path(str(path))
+        return lambda x, y, n: s.read_region((x, y), 0, (n, n)).numpy()
+    def cucim():
+        from cucim import CuImage
+        s = CuImage(str(path))
+        return lambda x, y, n: np.asarray(s.read_region((x, y), (n, n), 0))
+    found = {}
+    for make in (tiffslide, fastslide, cucim):
+        try: found[make.__name__] = make()
+        except ImportError: print(f'read_patches_other_readers: {make.__name__} is not installed')
+    return found
+
+
+def read_patches_other_readers():
+    "Maintained readers against ours on the same level-0 fields, before any averaging; one line for each that is installed"
+    path, rows = _big_slide(16384), []
+    cv2.setNumThreads(1)
+    with WholeSlide(path) as s:
+        coords, mpp = np.stack(np.meshgrid(np.arange(12), np.arange(12)), -1).reshape(-1, 2)*448 + 448, s.mpp[0]
+        for name, read in _other_readers(path).items():
+            theirs = lambda: np.stack([read(*c, 448)[..., :3] for c in coords.tolist()])
+            rounds = [(_timed(lambda: s.fields(coords, 448, mpp))[0], _timed(theirs)[0]) for _ in range(3)]
+            ours, other = (len(coords)/median(v) for v in zip(*rounds))
+            error = np.abs(s.fields(coords[:40], 448, mpp).astype(int) - theirs()[:40]).mean()
+            rows.append(_row(f'read_patches_{name}', ours, other, 'fields/s', ours/other, len(coords), f'level-0 fields of 448 px; mean difference of pixels {error:.2f} of 255'))
+    return rows
+
+
+read_patches_other_readers.names = ['read_patches_other_readers']

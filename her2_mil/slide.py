@@ -6,11 +6,12 @@
 __all__ = ['SlideError', 'WholeSlide', 'slide_sha256', 'fetch_slide', 'plot_field']
 
 # %% ../nbs/02_slide.ipynb #919495b8
-import hashlib, math, os, re, sys, uuid, warnings
+import gc, hashlib, math, os, re, sys, uuid, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
+import imagecodecs
 import numpy as np
 import openslide
 import tifffile
@@ -177,9 +178,10 @@ def _region(self:WholeSlide,
     try: px = np.asarray(self._osr.read_region((round(l*d), round(t*d)), level, (r - l, b - t)))
     except openslide.OpenSlideError as e:
         raise SlideError(f'{self.path.name}: cannot read at ({round(l*d)}, {round(t*d)}), level {level} ({e}); copy or download it again') from None
-    rgb, a = px[..., :3], px[..., 3:]
-    if (clear := a[..., 0] < 255).any():
-        rgb, part = rgb.copy(), a[clear]/255.
+    rgb = cv2.cvtColor(px, cv2.COLOR_RGBA2RGB)
+    if px.view('<u4').min() < 255 << 24:  # the alpha of some pixel is not 255
+        clear = px[..., 3] < 255
+        part = px[clear, 3:]/255.
         rgb[clear] = np.rint(rgb[clear]*part + np.array(self._background)*(1 - part))
     out[t-y0:b-y0, l-x0:r-x0] = rgb
     return out
@@ -209,6 +211,23 @@ def read(self:WholeSlide,
     return out
 
 # %% ../nbs/02_slide.ipynb #3d45ba5f
+def _jpeg_tiles(
+    path,  # slide file
+    size:tuple,  # (w, h) of the level
+) -> tuple:  # offsets and byte counts, int64 (n,); (w, h) of a tile; keywords of the decoder
+    "Where the JPEG tiles of one level lie in a TIFF; `ValueError` says why a level has none"
+    with tifffile.TiffFile(path) as t:
+        pages = [p for p in t.pages if p.is_tiled and (p.imagewidth, p.imagelength) == size]
+        if not pages: raise ValueError('no tiled page of this size')
+        page = pages[0].aspage()
+        if page.compression != 7: raise ValueError(f'compression {page.compression.name}')
+        if page.samplesperpixel != 3 or page.bitspersample != 8 or page.planarconfig != 1 or page.photometric not in (2, 6):
+            raise ValueError('not three 8-bit channels')
+        how = dict(tables=page.jpegtables, outcolorspace='rgb')
+        if page.photometric == 2 and not page.is_jfif: how['colorspace'] = 'rgb'  # as Aperio writes it: RGB without a marker
+        return np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64), (page.tilewidth, page.tilelength), how
+
+# %% ../nbs/02_slide.ipynb #b1f1001a
 class _NativeTiles:
     "JPEG tiles of one level, straight from the file; `ValueError` says why a level has none"
     def __init__(self,
@@ -218,53 +237,58 @@ class _NativeTiles:
         background:tuple,  # colour of missing tiles
     ):
         if vendor not in ('aperio', 'generic-tiff') or not hasattr(os, 'pread'): raise ValueError(f'format {vendor}')
-        self.background = background
-        with tifffile.TiffFile(path) as t:
-            pages = [p for p in t.pages if p.is_tiled and (p.imagewidth, p.imagelength) == size]
-            if not pages: raise ValueError('no tiled page of this size')
-            self.page = pages[0].aspage()
-            if self.page.compression != 7: raise ValueError(f'compression {self.page.compression.name}')
-            if self.page.samplesperpixel != 3 or self.page.bitspersample != 8 or self.page.planarconfig != 1:
-                raise ValueError('not three 8-bit channels')
-            self.offsets, self.counts, self.tables = self.page.dataoffsets, self.page.databytecounts, self.page.jpegtables
-            self._decode = self.page.decode  # made while the file is open
-        self.tile, self.across = (self.page.tilewidth, self.page.tilelength), -(-size[0]//self.page.tilewidth)
+        self.offsets, self.counts, self.tile, self.how = _jpeg_tiles(path, size)
+        gc.collect(1)  # tifffile's pages refer to one another and linger: 12 MB at 100,000 px
+        self.background, self.across = background, -(-size[0]//self.tile[0])
         self.fd = os.open(path, os.O_RDONLY)
     def __del__(self):
         if hasattr(self, 'fd'): os.close(self.fd)
 
 # %% ../nbs/02_slide.ipynb #9aa03af2
-_TILE_CACHE = 24*2**20  # bytes of decoded tiles a thread keeps: 128 tiles of 256 px, a square of six patches
+_TILE_CACHE = 12*2**20  # bytes of decoded tiles a thread keeps: 64 tiles of 256 px, a square of four patches
 
 @patch
 def decode(self:_NativeTiles,
     i:int,  # tile index, row by row
-) -> np.ndarray:  # uint8 (h, w, 3)
-    "One tile"
-    if not self.counts[i]: return np.full((*self.tile[::-1], 3), self.background, np.uint8)
-    data = os.pread(self.fd, self.counts[i], self.offsets[i])
-    out = self._decode(data, i, jpegtables=self.tables)[0]
-    if out is None: raise ValueError('tile cannot be decoded')
-    return out.reshape(out.shape[-3:])
+    k:int=1,  # whole number of pixels to average along each side, a divisor of the tile's
+) -> np.ndarray:  # uint8 (h/k, w/k, 3)
+    "One tile, area-averaged"
+    w, h = self.tile
+    if not self.counts[i]: return np.full((h//k, w//k, 3), self.background, np.uint8)
+    out = imagecodecs.jpeg8_decode(os.pread(self.fd, int(self.counts[i]), int(self.offsets[i])), **self.how)
+    if out.shape != (h, w, 3): raise ValueError(f'tile of shape {out.shape}')
+    return out if k == 1 else cv2.resize(out, (w//k, h//k), interpolation=cv2.INTER_AREA)
 
 # %% ../nbs/02_slide.ipynb #610a7b0c
+class _Scratch(dict):
+    "Decoded tiles of one thread, oldest first, and a window to average from: memory that is used again costs no page faults"
+    window = None
+    def white(self, shape, inside):  # a window of this shape; white where it is not `inside` the level and so not overwritten
+        if self.window is None or self.window.shape != shape: self.window = np.empty(shape, np.uint8)
+        if not inside: self.window.fill(255)
+        return self.window
+
+# %% ../nbs/02_slide.ipynb #c118ae34
 @patch
 def region(self:_NativeTiles,
-    box:tuple,  # (x0, y0, x1, y1) px of the level, inside it
+    box:tuple,  # (x0, y0, x1, y1) in averaged pixels of the level, inside it
     out:np.ndarray,  # uint8 (y1-y0, x1-x0, 3) to fill
-    cache:dict,  # decoded tiles of this thread, oldest first
+    cache:_Scratch,  # memory of this thread
+    k:int=1,  # whole number of pixels averaged along each side
 ):
     "Copy a box from its tiles, decoding those not in `cache`"
-    (tw, th), (x0, y0, x1, y1) = self.tile, box
+    (tw, th), (x0, y0, x1, y1) = (v//k for v in self.tile), box
+    most = max(1, _TILE_CACHE//(self.tile[0]*self.tile[1]*3))
     for ty in range(y0//th, (y1 - 1)//th + 1):
         for tx in range(x0//tw, (x1 - 1)//tw + 1):
             i = ty*self.across + tx
-            tile = cache.pop(i, None)
-            if tile is None: tile = self.decode(i)
-            cache[i] = tile
+            tile = cache.pop((i, k), None)
+            if tile is None:
+                if len(cache) >= most: del cache[next(iter(cache))]
+                tile = self.decode(i, k)
+            cache[i, k] = tile
             l, t, r, b = max(x0, tx*tw), max(y0, ty*th), min(x1, (tx + 1)*tw), min(y1, (ty + 1)*th)
             out[t-y0:b-y0, l-x0:r-x0] = tile[t-ty*th:b-ty*th, l-tx*tw:r-tx*tw]
-    while len(cache) > max(1, _TILE_CACHE//(tw*th*3)): del cache[next(iter(cache))]
 
 # %% ../nbs/02_slide.ipynb #2a58be93
 @patch
@@ -293,25 +317,42 @@ def _curve_order(
 
 # %% ../nbs/02_slide.ipynb #04970096
 @patch
+def whole(self:_NativeTiles,
+    x:float, y:float,  # level px of a field's top-left corner
+    step:tuple,  # (x, y) level px per target px
+    size:tuple,  # (w, h) of the level
+    field:tuple,  # (w, h) px of the field
+) -> int:  # level px along a target px where each tile can be averaged by itself; else 0
+    "Whether the target's pixels are whole blocks of each tile's, all inside the level"
+    k = round(step[0])
+    even = k > 1 and max(abs(s - k) for s in step) < 1e-9 and x % k == y % k == 0 and self.tile[0] % k == self.tile[1] % k == 0
+    return k if even and min(x, y) >= 0 and x + k*field[0] <= size[0] and y + k*field[1] <= size[1] else 0
+
+# %% ../nbs/02_slide.ipynb #f7286f6f
+@patch
 def _field(self:WholeSlide,
     tiles,  # _NativeTiles of the level, or None
     level:int, x:float, y:float,  # level, and level-0 px of the top-left corner
     size:tuple,  # (w, h) px at the target mpp
     mpp:float,  # target um/px
-    cache:dict,  # decoded tiles of this thread
-) -> np.ndarray:  # uint8 (h, w, 3)
-    "A field from native tiles; from OpenSlide where there are none or a tile is broken"
-    if tiles is None: return self.read(x, y, size, mpp, level)
+    cache:_Scratch,  # memory of this thread
+    out:np.ndarray,  # uint8 (h, w, 3) to fill
+):
+    "A field from native tiles; from OpenSlide where there are none"
+    if tiles is None:
+        out[:] = self.read(x, y, size, mpp, level)
+        return
     d, (w, h), (n, m) = self.level_downsamples[level], self.level_sizes[level], size
     sx, sy, x, y = mpp/self.mpp[0]/d, mpp/self.mpp[1]/d, x/d, y/d
     x0, y0, x1, y1 = math.floor(x), math.floor(y), math.ceil(x + n*sx - 1e-9), math.ceil(y + m*sy - 1e-9)
-    window = np.full((y1 - y0, x1 - x0, 3), 255, np.uint8)
     l, t, r, b = max(x0, 0), max(y0, 0), min(x1, w), min(y1, h)
-    if r > l and b > t:
-        try: tiles.region((l, t, r, b), window[t-y0:b-y0, l-x0:r-x0], cache)
-        except Exception as e:
-            raise SlideError(f'{self.path.name}: cannot decode a tile near ({round(l*d)}, {round(t*d)}), level {level} ({e}); copy or download it again') from None
-    return _resample(window, (x - x0, y - y0), (sx, sy), size)
+    try:
+        if k := tiles.whole(x, y, (sx, sy), (w, h), size): return tiles.region((x0//k, y0//k, x0//k + n, y0//k + m), out, cache, k)
+        window = cache.white((y1 - y0, x1 - x0, 3), (l, t, r, b) == (x0, y0, x1, y1))
+        if r > l and b > t: tiles.region((l, t, r, b), window[t-y0:b-y0, l-x0:r-x0], cache)
+    except Exception as e:
+        raise SlideError(f'{self.path.name}: cannot decode a tile near ({round(l*d)}, {round(t*d)}), level {level} ({e}); copy or download it again') from None
+    out[:] = _resample(window, (x - x0, y - y0), (sx, sy), size)
 
 # %% ../nbs/02_slide.ipynb #ca58557b
 @patch
@@ -328,10 +369,12 @@ def fields(self:WholeSlide,
     level = self._level_for(mpp)
     tiles = self._native(level)
     def some(part):
-        cache = {}
-        for i in part: out[i] = self._field(tiles, level, *coords[i].tolist(), (size, size), mpp, cache)
+        cache = _Scratch()
+        for i in part: self._field(tiles, level, *coords[i].tolist(), (size, size), mpp, cache, out[i])
     parts = np.array_split(_curve_order(coords), max(1, threads))
-    with ThreadPoolExecutor(len(parts)) as pool: list(pool.map(some, parts))
+    if len(parts) == 1: some(parts[0])  # here, where freed memory is at hand
+    else:
+        with ThreadPoolExecutor(len(parts)) as pool: list(pool.map(some, parts))
     return out
 
 # %% ../nbs/02_slide.ipynb #cd84543d
@@ -350,7 +393,7 @@ def thumbnail(self:WholeSlide,
         for i in range(0, W, block):
             n, m = min(block, W - i), min(block, H - j)
             x, y = i*mpp/self.mpp[0], j*mpp/self.mpp[1]
-            out[j:j+m, i:i+n] = self._field(tiles, level, x, y, (n, m), mpp, {})
+            self._field(tiles, level, x, y, (n, m), mpp, _Scratch(), out[j:j+m, i:i+n])
     return out
 
 # %% ../nbs/02_slide.ipynb #be8ddf2d

@@ -32,15 +32,20 @@ class TissueSpec:
     glass_value:float = 0.65  # glass is at least this bright; stained tissue at 8 um/px rarely is
     glass_saturation:float = 0.15  # glass is at most this coloured; pink-tinged scans reach 0.10
     glass_range:float = 2.  # grey levels over 40 um: glass spans 0 or 1, even pale tissue 3 to 8
+    glass_spread:float = 4.  # grey levels: how far a tone of glass reaches to either side; little more than the 3 of `saturation`
     glass_share:float = 0.05  # a further tone of glass needs this share of the flat pale pixels
+    gradient_share:float = 0.003  # ... or this share within twice `glass_spread` of a tone already found: uneven light
+    blur:float = 0.8  # px: a Gaussian against the noise of single pixels
     saturation:float = 0.012  # tissue is more coloured than this relative to glass: 3 grey levels
     noise:float = 4.  # ... and than this many deviations of the glass's own saturation
+    noise_most:float = 0.06  # ... of which noise never asks for more than this
+    tint:float = 0.002  # a web of faint walls is more coloured than this in the mean over its surroundings: half a grey level
     neutral:float = 0.8  # absorption of the least absorbed colour over that of the most: ink, dust and shadow are above, tissue below
-    edge:float = 0.5  # the outline runs where saturation falls to this part of its highest neighbour's
+    edge:float = 0.5  # the outline runs where saturation falls to this part of its highest neighbour's; a faint wall ends at half of it
     ink_hue:tuple = (60., 250.)  # degrees from yellow over green to blue; haematoxylin and eosin lie in 270-345
     solid:float = 16.  # um: tissue thicker than twice this is solid, the rest a net
     close:float = 24.  # um: gaps in solid tissue up to twice this wide are bridged
-    net:float = 48.  # um: gaps in a net up to twice this wide are bridged; fat cells are 50-100 um across
+    net:float = 48.  # um: gaps in a net up to twice this wide are bridged, and a web of faint walls is at least so wide; fat cells are 50-100 um across
     min_object:float = 40_000.  # um^2: smaller objects are debris; a 224 px patch at 0.5 um/px has 12,544
     min_hole:float = 20_000.  # um^2: smaller holes are lumina and fat cells, and belong to the tissue
 
@@ -87,17 +92,18 @@ _WHITE = np.array([[245., 245., 245.]])  # the glass assumed where a field shows
 
 def _tones(
     px:np.ndarray,  # uint8 (n, 3) pixels that are glass
-    share:float,  # smallest share of the pixels that makes a tone
+    spec:TissueSpec,  # constants
 ) -> np.ndarray:  # float (n, 3)
-    "Modes of a colour histogram, most frequent first, at most four"
-    rest, tones = px.astype(np.int16), []
-    while len(tones) < 4 and len(rest) >= max(9, share*len(px)):
+    "Modes of a colour histogram, most frequent first, at most eight"
+    rest, tones, reach = px.astype(np.int16), [], spec.glass_spread
+    while len(tones) < 8 and len(rest) >= max(9, spec.gradient_share*len(px)):
         codes, counts = np.unique(rest//4 @ np.array([4096, 64, 1]), return_counts=True)
         code = codes[counts.argmax()]
         tone = np.array([code//4096, code//64 % 64, code % 64])*4 + 2.
-        for _ in range(3): tone = rest[np.abs(rest - tone).max(1) <= 6].mean(0)
-        near = np.abs(rest - tone).max(1) <= 8
-        if near.sum() >= share*len(px): tones.append(tone)
+        for _ in range(3): tone = rest[np.abs(rest - tone).max(1) <= reach + 1].mean(0)
+        near = np.abs(rest - tone).max(1) <= reach
+        neighbour = any(np.abs(tone - t).max() <= 2*reach for t in tones)
+        if near.sum() >= (spec.gradient_share if neighbour else spec.glass_share)*len(px): tones.append(tone)
         rest = rest[~near]
     return np.array(tones) if tones else _WHITE
 
@@ -109,11 +115,11 @@ def _glass(
     "Tones of glass, and where it is flat"
     for loose, share in ((1, .01), (2, .1)):  # a noisy image may be less flat, if there is much of it
         flat, = _by_strips(partial(_flat_pale, spec=replace(spec, glass_range=loose*spec.glass_range)), image)
-        k = max(1, int((flat.size/500_000)**.5))  # half a million pixels tell the colour
+        k = max(1, int((flat.size/200_000)**.5))  # some 200,000 pixels tell the colour
         few, imaged = flat[::k, ::k] > 0, flat[::k, ::k] == 1
         enough = max(9, few.size*share)
         if imaged.sum() >= enough: few = imaged  # what was imaged, not what was filled in
-        if few.sum() >= enough: return _tones(image[::k, ::k][few], spec.glass_share), flat
+        if few.sum() >= enough: return _tones(image[::k, ::k][few], spec), flat
     return _WHITE, flat
 
 def glass_colours(
@@ -133,6 +139,13 @@ def _hsv_over_glass(
     return cv2.split(cv2.cvtColor(cv2.LUT(image, table.reshape(256, 1, 3)), cv2.COLOR_RGB2HSV))
 
 # %% ../nbs/03_tiling.ipynb #586f2eee
+def _most_glass(
+    flat:np.ndarray,  # uint8 (H, W) of `_flat_pale`
+) -> slice:  # 256 rows
+    "The strip that holds the most glass: where its noise is measured"
+    y = 256*int(np.argmax([np.count_nonzero(flat[i:i+256]) for i in range(0, len(flat), 256)]))
+    return slice(y, y + 256)
+
 def _least_saturation(
     image:np.ndarray,  # uint8 (H, W, 3) at about 8 um/px
     glass:np.ndarray,  # (3,) one tone
@@ -140,14 +153,18 @@ def _least_saturation(
     spec:TissueSpec,  # constants
 ) -> np.ndarray:  # uint8 (256,): smallest saturation x 255 of stain, for each value
     "How saturated stain must be: beyond the glass's own noise, and not neutral"
-    y = 256*int(np.argmax([np.count_nonzero(flat[i:i+256]) for i in range(0, len(flat), 256)]))  # the strip with most glass
-    part = image[y:y+256]
-    near = (flat[y:y+256] > 0) & (_high_low(cv2.absdiff(part, np.rint((*glass, 0))))[0] <= 8)
-    own = _hsv_over_glass(cv2.GaussianBlur(part, (0, 0), 0.8), glass)[1][near]
-    middle = np.median(own) if len(own) else 0.
-    spread = 1.4826*np.median(np.abs(own - middle)) if len(own) else 0.
-    lowest = np.clip(middle + spec.noise*max(spread, .5), 255*spec.saturation, 255*.06)
+    part, pale = (a[_most_glass(flat)] for a in (image, flat))
+    near = (pale > 0) & (_high_low(cv2.absdiff(part, np.rint((*glass, 0))))[0] <= spec.glass_spread)
+    own = _hsv_over_glass(cv2.GaussianBlur(part, (0, 0), spec.blur), glass)[1][near]
+    middle, spread = _middle_spread(own) if len(own) else (0., 0.)
+    lowest = np.clip(middle + spec.noise*max(spread, .5), 255*spec.saturation, 255*spec.noise_most)
     return np.maximum(lowest, 255*(1 - (np.arange(256)/255)**(1/spec.neutral - 1))).astype(np.uint8)
+
+def _middle_spread(
+    v:np.ndarray,  # numbers
+) -> tuple:  # median; 1.4826 x median absolute deviation, a normal's standard deviation
+    "Centre and spread that outliers do not move"
+    return (m := np.median(v)), 1.4826*np.median(np.abs(v - m))
 
 # %% ../nbs/03_tiling.ipynb #fba0f0c1
 def _stained(
@@ -156,14 +173,58 @@ def _stained(
     spec:TissueSpec,  # constants
 ) -> tuple:  # uint8 (H, W) any stain; uint8 (H, W) stain up to half height at its edges
     "Pixels coloured as haematoxylin and eosin, relative to every tone of glass"
-    soft = cv2.GaussianBlur(image, (0, 0), 0.8)
+    soft = cv2.GaussianBlur(image, (0, 0), spec.blur)
     faint, core = np.ones((2, *image.shape[:2]), np.uint8)
     for glass, least in tones:
         H, S, V = _hsv_over_glass(soft, glass)
         stain = (S > cv2.LUT(V, least)) & ((H < spec.ink_hue[0]/2) | (H > spec.ink_hue[1]/2))
-        faint &= stain
-        core &= stain & (S >= cv2.LUT(cv2.dilate(S, np.ones((3, 3), np.uint8)), np.rint(spec.edge*np.arange(256)).astype(np.uint8)))
+        lit = lambda part, side: S >= cv2.LUT(cv2.dilate(S, np.ones((side, side), np.uint8)), np.rint(part*np.arange(256)).astype(np.uint8))
+        faint &= stain & lit(spec.edge/2, 5)
+        core &= stain & lit(spec.edge, 3)
     return faint, core
+
+# %% ../nbs/03_tiling.ipynb #182dae00
+def _pits(
+    image:np.ndarray,  # uint8 (H, W, 3) at about 8 um/px
+    um:float,  # its um/px
+    spec:TissueSpec,  # constants
+) -> np.ndarray:  # uint8 (H, W) grey levels
+    "How much darker the green is than a fat cell's width around it"
+    k = np.ones((2*max(1, round(spec.net/um)) + 1,)*2, np.uint8)
+    g = cv2.extractChannel(image, 1)
+    return cv2.subtract(cv2.morphologyEx(g, cv2.MORPH_CLOSE, k), g)
+
+def _least_pit(
+    image:np.ndarray,  # uint8 (H, W, 3) at about 8 um/px
+    flat:np.ndarray,  # uint8 (H, W) of `_flat_pale`
+    um:float,  # um/px
+    spec:TissueSpec,  # constants
+) -> float:  # grey levels; 255, so that nothing passes, where no glass shows
+    "How dark a wall must be: beyond what is found on glass"
+    part, pale = (a[_most_glass(flat)] for a in (image, flat))
+    own = _pits(part, um, spec)[cv2.erode(pale, np.ones((3, 3), np.uint8)) > 0]
+    if len(own) < 9: return 255.
+    middle, spread = _middle_spread(own)
+    return middle + spec.noise*max(spread, .5)
+
+# %% ../nbs/03_tiling.ipynb #2a63393b
+def _webbed(
+    image:np.ndarray,  # uint8 (H, W, 3), or a strip of it
+    tones:list,  # pairs of a glass tone and its `_least_saturation`
+    least:float,  # of `_least_pit`
+    um:float,  # um/px
+    spec:TissueSpec,  # constants
+) -> tuple:  # one uint8 (H, W)
+    "Walls of a web that is tinted in the mean"
+    p, odd = _pits(image, um, spec), lambda r: 2*max(1, round(r/um)) + 1
+    strongest = cv2.dilate(p, np.ones((odd(spec.close),)*2, np.uint8))
+    wall = (p > least) & (p >= cv2.LUT(strongest, np.rint(spec.edge/2*np.arange(256)).astype(np.uint8)))
+    mean = cv2.boxFilter(image, cv2.CV_32F, (odd(spec.net),)*2)[::4, ::4]  # it varies slowly
+    for glass, _ in tones:
+        H, S, V = cv2.split(cv2.cvtColor(np.minimum(mean/glass.astype(np.float32), 1), cv2.COLOR_RGB2HSV))
+        tinted = (S > spec.tint) & (S > 1 - V**(1/spec.neutral - 1)) & ((H < spec.ink_hue[0]) | (H > spec.ink_hue[1]))
+        wall &= tinted.repeat(4, 0).repeat(4, 1)[:len(p), :p.shape[1]]
+    return (wall.astype(np.uint8),)
 
 # %% ../nbs/03_tiling.ipynb #ca8ae2a5
 def _disc(
@@ -173,15 +234,43 @@ def _disc(
     "A disc of at least one pixel's radius"
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2*max(1, round(radius/mpp)) + 1,)*2)
 
+def _close(
+    mask:np.ndarray,  # uint8 (H, W) of 0 and 1
+    radius:float,  # um
+    mpp:float,  # um/px
+) -> np.ndarray:  # uint8 (H, W)
+    "Bridge gaps up to twice `radius` wide; what lies outside the image bridges nothing"
+    disc = _disc(radius, mpp)
+    k = len(disc)//2
+    return cv2.morphologyEx(cv2.copyMakeBorder(mask, k, k, k, k, cv2.BORDER_CONSTANT, value=0), cv2.MORPH_CLOSE, disc)[k:-k, k:-k]
+
 def _keep_large(
     mask:np.ndarray,  # uint8 (H, W) of 0 and 1
     area_px:float,  # smallest area that stays, px
 ) -> np.ndarray:  # uint8 (H, W)
-    "Drop 8-connected objects whose outline holds fewer than `area_px` pixels"
+    "Drop, in place, 8-connected objects whose outline holds fewer than `area_px` pixels"
     outlines, nesting = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     area = lambda c: cv2.contourArea(c) + len(c)/2 + 1  # Pick's theorem: pixels on and inside the outline
     small = [c for c, n in zip(outlines, nesting[0] if outlines else []) if n[3] < 0 and area(c) < area_px]
-    return cv2.drawContours(mask.copy(), small, -1, 0, cv2.FILLED)
+    return cv2.drawContours(mask, small, -1, 0, cv2.FILLED)
+
+# %% ../nbs/03_tiling.ipynb #41da4b22
+def _joined(
+    image:np.ndarray,  # uint8 (H, W, 3), or a strip of it
+    tones:list,  # pairs of a glass tone and its `_least_saturation`
+    least:float,  # of `_least_pit`
+    um:float,  # um/px
+    spec:TissueSpec,  # constants
+) -> tuple:  # one uint8 (H, W)
+    "Solid tissue, nets and webs, each with its gaps bridged"
+    net, mask = _stained(image, tones, spec)
+    web, = _webbed(image, tones, least, um, spec)
+    opened = lambda m, radius: cv2.morphologyEx(m, cv2.MORPH_OPEN, _disc(radius, um))
+    fringe = cv2.dilate(opened(mask, spec.solid), _disc(spec.solid, um)) > 0
+    net[fringe] = 0
+    web[fringe] = 0
+    mask = _close(mask, spec.close, um) | _close(net, spec.net, um) | opened(_close(web | net, spec.net, um), spec.net)
+    return (_close(mask, spec.close, um),)
 
 # %% ../nbs/03_tiling.ipynb #e094ad4f
 def tissue_mask(
@@ -197,17 +286,13 @@ def tissue_mask(
     small = cv2.resize(image, (max(1, round(W/f)), max(1, round(H/f))), interpolation=cv2.INTER_AREA) if f > 1 else image
     um = mpp*H/small.shape[0]
     tones, flat = _glass(small, spec)
-    tones = [(t, _least_saturation(small, t, flat, spec)) for t in tones]
+    tones, least = [(t, _least_saturation(small, t, flat, spec)) for t in tones], _least_pit(small, flat, um, spec)
     del flat  # at 100,000 px each array is 10 MB
-    net, mask = _by_strips(partial(_stained, tones=tones, spec=spec), small)
-    morph = lambda m, how, radius: cv2.morphologyEx(m, how, _disc(radius, um))
-    net[cv2.dilate(morph(mask, cv2.MORPH_OPEN, spec.solid), _disc(spec.solid, um)) > 0] = 0
-    mask = morph(mask, cv2.MORPH_CLOSE, spec.close)
-    mask |= morph(net, cv2.MORPH_CLOSE, spec.net)
-    del net
-    mask = morph(mask, cv2.MORPH_CLOSE, spec.close)
+    joined = partial(_joined, tones=tones, least=least, um=um, spec=spec)
+    mask, = _by_strips(joined, small, rows=128, halo=8*max(1, round(spec.net/um)))
+    del image, small, joined  # 30 MB, where the caller keeps none
     mask = 1 - _keep_large(1 - mask, spec.min_hole/um**2)
-    mask = _keep_large(morph(mask, cv2.MORPH_OPEN, spec.solid), spec.min_object/um**2)
+    mask = _keep_large(cv2.morphologyEx(mask, cv2.MORPH_OPEN, _disc(spec.solid, um)), spec.min_object/um**2)
     return cv2.resize(mask, (W, H), interpolation=cv2.INTER_NEAREST) > 0
 
 # %% ../nbs/03_tiling.ipynb #4361cddd
@@ -280,17 +365,17 @@ def _origins(
     return np.rint(np.arange(n)*stride).astype(np.int64)
 
 def _box_means(
-    mask:np.ndarray,  # (h, w) array
+    mask:np.ndarray,  # bool (h, w)
     x0, x1, y0, y1,  # (nx,), (nx,), (ny,), (ny,) box edges in mask pixels, may be fractional
 ) -> np.ndarray:  # float (ny, nx)
-    "Exact mean of `mask` in each box of a regular grid, from one integral image"
-    total = cv2.integral(mask.astype(np.uint8))
-    def at(a, v):  # linear interpolation of rows: exact, since the integral is linear inside a pixel
-        v = np.clip(v, 0, len(a) - 1)
-        i = np.minimum(v.astype(int), len(a) - 2)
-        return a[i] + (v - i)[:, None]*(a[i + 1] - a[i])
-    rows = at(total, y1) - at(total, y0)
-    return (at(rows.T, x1) - at(rows.T, x0)).T/((x1 - x0)*(y1 - y0)[:, None])
+    "Exact mean of `mask` in each box of a regular grid"
+    out, edges = np.empty((len(y0), len(x0))), np.arange(mask.shape[1] + 1)
+    for j, (a, b) in enumerate(zip(np.clip(y0, 0, len(mask)), np.clip(y1, 0, len(mask)))):
+        i = np.arange(math.floor(a), math.ceil(b))
+        rows = (np.minimum(b, i + 1) - np.maximum(a, i)) @ mask[math.floor(a):math.ceil(b)]
+        total = np.concatenate([[0.], np.cumsum(rows)])  # linear inside a pixel, so that interpolation is exact
+        out[j] = np.interp(x1, edges, total) - np.interp(x0, edges, total)
+    return out/((x1 - x0)*(y1 - y0)[:, None])
 
 # %% ../nbs/03_tiling.ipynb #c06c240d
 def _focus(

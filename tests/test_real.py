@@ -1,8 +1,10 @@
 "Real tissue and real ImageNet weights, where this machine has them. No HER2 figure comes of it: the tissue has no HER2 score."
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pandas as pd
 import pytest
 import torch
@@ -14,7 +16,7 @@ from her2_mil.embedding import caffe_squeezenet, embed_cohort, get_embedder, rea
 from her2_mil.mil import AttentionMIL
 from her2_mil.pretraining import folder_patches, pretrain
 from her2_mil.slide import SlideError, WholeSlide
-from her2_mil.tiling import tile_slide
+from her2_mil.tiling import survey, tile_slide
 from her2_mil.training import predict
 
 SLIDES = ("wsi/CMU-1-Small-Region.svs", "bcss/wsi/bcss_1008.tif", "bcss/wsi/bcss_1015.tif", "bcss/wsi/bcss_1019.tif")
@@ -80,6 +82,31 @@ def test_a_scan_without_um_per_px(real, done, tmp_path):  # noqa: F811
     assert not list(tmp_path.iterdir())
     with WholeSlide(scan, mpp=0.5) as slide:
         assert len(tile_slide(slide)) > 50
+
+
+def test_label_and_macro_are_never_asked_for(real, monkeypatch):
+    "A real scan that holds both: opening, tiling and reading it leave them alone"
+    def asked(self): raise AssertionError("associated images were asked for")
+    with openslide.OpenSlide(real / SLIDES[0]) as s:
+        assert {"label", "macro"} <= set(s.associated_images)
+    monkeypatch.setattr(openslide.OpenSlide, "associated_images", property(asked))
+    found = survey(pd.DataFrame([dict(slide_id="scan", uri=str(real / SLIDES[0]))]))
+    assert (found.problem == "").all() and found.patches[0] > 20
+    with WholeSlide(real / SLIDES[0]) as slide:
+        assert len(slide.sha256) == 64 and slide.fields(tile_slide(slide).coords[:3], 224, 0.5).shape == (3, 224, 224, 3)
+
+
+@pytest.mark.parametrize("path, mpp", [(SLIDES[0], None), ("wsi/TCGA-CR-7395-01A-01-TS1.svs", 0.5), *[(s, None) for s in SLIDES[1:]]])
+def test_reading_equals_level_0_area_averages(real, path, mpp):
+    "Real JPEG and JPEG 2000, fast path or fallback: block means of level 0, to less than a grey level in the mean"
+    with WholeSlide(real / path, mpp=mpp) as slide, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        k, target = 2, 2 * slide.mpp[0]
+        at = np.array([(100, 60), (slide.size[0] // 2, slide.size[1] // 2)])
+        ours = slide.fields(at, 200, target, threads=2).astype(float)
+        for field, (x, y) in zip(ours, at.tolist()):
+            level0 = np.asarray(slide._osr.read_region((x, y), 0, (200 * k, 200 * k)).convert("RGB"), float)
+            assert np.abs(field - level0.reshape(200, k, 200, k, 3).mean((1, 3))).mean() < 1
 
 
 def test_a_file_cut_short(real, tmp_path):

@@ -119,6 +119,41 @@ def test_an_empty_field_gets_no_tissue(image):
     assert not tissue_mask(image, 8.).any()
 
 
+def exposed(transmittance, glass, seed, noise=1.):
+    "uint8 image of a transmittance over glass with a little noise"
+    image = transmittance*np.array(glass) + np.random.default_rng(seed).normal(0, noise, transmittance.shape)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+glasses = st.tuples(st.integers(190, 250), st.floats(0, .14), st.integers(0, 5)).map(
+    lambda g: np.array([(0, 1, .4), (0, .6, 1), (.5, 0, 1), (1, .4, 0), (.2, 1, 0), (1, 0, .6)][g[2]])*-g[0]*g[1] + g[0])
+
+
+@given(glass=glasses, seed=st.integers(0, 99), end=st.floats(.93, 1))
+@settings(max_examples=40, deadline=None)
+def test_glass_of_any_tint_is_no_tissue(glass, seed, end):
+    light = np.linspace(1, end, 300)[None, :, None].repeat(200, 0)
+    assert not tissue_mask(exposed(light.repeat(3, 2), glass, seed), 8.).any()
+
+
+@given(glass=glasses, seed=st.integers(0, 99), strength=st.floats(.15, 1))
+@settings(max_examples=40, deadline=None)
+def test_tissue_is_found_on_glass_of_any_tint(glass, seed, strength):
+    rng, truth = np.random.default_rng(seed), np.zeros((200, 300), bool)
+    truth[50:150, 80:220] = True
+    density = np.where(truth[..., None], np.array([.25, .5, .2])*strength*rng.uniform(.7, 1.3, (200, 300, 1)), 0)
+    mask = tissue_mask(exposed(10**-density, glass, seed), 8.)
+    assert mask[truth].mean() > .98 and (~mask)[~truth].mean() > .98
+
+
+@given(glass=glasses, colour=st.sampled_from([(40, 70, 190), (20, 140, 80), (30, 30, 36), (128, 128, 128)]), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_ink_and_dirt_are_no_tissue(glass, colour, seed):
+    light = np.ones((200, 300, 3))
+    light[60:120, 40:260] = np.array(colour)/255  # what the ink lets through of the lamp's light
+    assert tissue_mask(exposed(light, glass, seed), 8.).mean() < .01
+
+
 def test_bad_images_are_refused():
     for bad in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), float)):
         with pytest.raises(SlideError, match='uint8'): tissue_mask(bad, 8.)
