@@ -1,18 +1,20 @@
 """Cross-validation as one stack against the usual loop: model by model, fold by fold, bag by bag."""
 import statistics
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from her2_mil.training import Member, TrainConfig, _Bank, _Feed, _groups, _set_rate, _standardise, fit_stack, predict
+from her2_mil.training import Member, TrainConfig, _Bank, _Feed, _groups, _set_rate, _side_by_side, _standardise, fit_stack, predict
 
 
 def _study(n_slides=80, dim=256, arms=4, folds=5, seeds=5, patches=(100, 150)):
     "Features and members of a study: folds x arms x seeds models"
     rng, y = np.random.default_rng(0), np.arange(n_slides) % 4
-    features = {f'arm{a}': [rng.normal(.3*s, 1, (rng.integers(*patches), dim)).astype(np.float32) for s in y] for a in range(arms)}
+    n = rng.integers(*patches, n_slides)  # every embedder sees the same patches
+    features = {f'arm{a}': [rng.normal(.3*s, 1, (k, dim)).astype(np.float32) for s, k in zip(y, n)] for a in range(arms)}
     members = [Member(a, np.setdiff1d(np.arange(n_slides), np.arange(k, n_slides, folds)), y, (s, k))
                for a in features for s in range(seeds) for k in range(folds)]
     return features, members
@@ -40,41 +42,63 @@ def _loop(member, bank, cfg):
     return model.eval()
 
 
-def _products(members, features, cfg):
-    "Seconds that the two large matrix products of every step would cost alone"
-    dim = next(iter(features.values()))[0].shape[1]
-    rows = len(members[0].rows)//cfg.batches*cfg.bag_size
-    x, v, g = torch.randn(8, rows, dim), torch.randn(8, dim, cfg.width), torch.randn(8, rows, cfg.width)
-    once = []
-    for _ in range(7):
+def _products(members, features, cfg, stack=4):
+    "The two large matrix products of every step alone, in the same stacks on the same threads"
+    dim, rows = next(iter(features.values()))[0].shape[1], len(members[0].rows)//cfg.batches*cfg.bag_size
+
+    def alone(part):
+        x, v, g = (torch.randn(len(part), *s) for s in [(rows, dim), (cfg.width, dim), (cfg.width, rows)])
+        for _ in range(cfg.epochs*cfg.batches):
+            torch.bmm(v, x.mT)
+            torch.bmm(g, x)
+
+    _side_by_side(alone, [members[i:i+stack] for i in range(0, len(members), stack)])
+
+
+def _threads_for_loop(member, bank, cfg):
+    "Threads with which the loop is faster on this machine: one or all; its tensors are often too small to share"
+    counts, took = (1, torch.get_num_threads()), {}
+    for count in counts:
+        torch.set_num_threads(count)
         t = time.perf_counter()
-        torch.bmm(x, v)
-        torch.bmm(x.transpose(1, 2), g)
-        once.append(time.perf_counter() - t)
-    return statistics.median(once)/8*len(members)*cfg.epochs*cfg.batches
+        _loop(member, bank, replace(cfg, epochs=2))
+        took[count] = time.perf_counter() - t
+    torch.set_num_threads(counts[1])
+    return min(took, key=took.get)
+
+
+def _timed(threads, f, *args):
+    "Seconds of a call on so many threads, and what it returns"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    t = time.perf_counter()
+    out = f(*args)
+    seconds = time.perf_counter() - t
+    torch.set_num_threads(before)
+    return seconds, out
 
 
 def cv_stacked(n=3, loop_members=6):
     "Train 100 models as a stack and, in the same run, a sample of them in a loop; compare predictions"
-    features, members = _study()
-    cfg = TrainConfig()
-    ours, reference, apart = [], [], 0.
+    (features, members), cfg, cores = _study(), TrainConfig(), torch.get_num_threads()
     banks = {a: _Bank(a, f, torch.float32) for a, f in features.items()}
-    fit_stack(features, members[:8], TrainConfig(epochs=1))
+    fit_stack(features, members[:8], replace(cfg, epochs=1))
+    threads = _threads_for_loop(members[0], banks[members[0].arm], cfg)
+    took, apart = {k: [] for k in ('ours', 'loop', 'products', 'one thread')}, 0.
     for k in range(n):
-        t = time.perf_counter()
-        stacked = fit_stack(features, members, cfg)
-        ours.append(time.perf_counter() - t)
-        sample = range(k, len(members), len(members)//loop_members)
-        t = time.perf_counter()
-        loop = [_loop(members[i], banks[members[i].arm], cfg) for i in sample]
-        reference.append((time.perf_counter() - t)*len(members)/len(sample))
+        seconds, stacked = _timed(cores, fit_stack, features, members, cfg)
+        took['ours'].append(seconds)
+        sample = range(k, len(members), len(members)//loop_members + 1)
+        seconds, loop = _timed(threads, lambda: [_loop(members[i], banks[members[i].arm], cfg) for i in sample])
+        took['loop'].append(seconds*len(members)/len(sample))
+        took['products'].append(_timed(cores, _products, members, features, cfg)[0])
+        took['one thread'].append(_timed(1, fit_stack, features, members, cfg)[0])
         for i, model in zip(sample, loop):
             bags = features[members[i].arm]
             apart = max(apart, np.abs(predict(stacked[i], bags) - predict(model, bags)).max())
-    ours, reference, products = statistics.median(ours), statistics.median(reference), _products(members, features, cfg)
-    note = (f'{len(members)} models, largest difference of a logit {apart:.1e}; the two matrix products alone {products:.1f} s '
-            f'({products/ours:.0%} of ours); loop timed on {loop_members + 1} models and scaled')
+    ours, reference, products, single = (statistics.median(t) for t in took.values())
+    note = (f'{len(members)} models; largest difference of a logit {apart:.1e}; ours on {cores} threads, on one {single:.1f} s (ratio {reference/single:.1f}); '
+            f'loop on {threads}, whichever is faster, timed on {len(sample)} models and scaled; the two matrix products alone {products:.1f} s, ours is {ours/products:.1f} times that')
     return [dict(name='cv_stacked', ours=ours, reference=reference, unit='s', ratio=reference/ours, n=n, note=note)]
 
 

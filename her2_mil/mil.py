@@ -141,11 +141,12 @@ def forward(self: AttentionMIL,
     mask: torch.Tensor | None = None, # (B, K) bool, True where there is a patch; None: everywhere
     drop: torch.Tensor | None = None, # (B, D') dropout multipliers of the pooled vector; None: drawn while training
     per_head: bool = False, # return the weights of each head
+    pooled: tuple | None = None, # pooled vectors (B, H, D) and weights (B, K, H), where the trainer has them already
 ) -> tuple[torch.Tensor, torch.Tensor]: # logits (B, C); attention (B, K), or (B, K, H) with `per_head`
     "Logits and attention weights of a batch of bags"
     raw = self.proj is None
     h = bags if raw else self._read(self.proj, bags, True).relu()
-    z, a = self._pool(h, mask, raw)
+    z, a = pooled or self._pool(h, mask, raw)
     if raw: z = (z - self.mean) / self.std
     z = F.dropout(z, self.p, self.training) if drop is None else z * drop[:, None]
     return self._classify(z), (a if per_head else a.mean(-1))

@@ -15,6 +15,7 @@ warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  #
 # %% ../nbs/08_training.ipynb #31d9de48
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -133,6 +134,7 @@ class Member:
     rows: np.ndarray # training slides: positions in the features of the arm
     y: np.ndarray # (n slides,) score 0..3 of every slide; only those of `rows` are read
     key: tuple = (0,) # whole numbers that seed this model's random stream
+    watch: tuple | np.ndarray = () # slides whose loss is written down after each epoch; it steers nothing
 
 # %% ../nbs/08_training.ipynb #3858c6ae
 class _Feed:
@@ -166,11 +168,17 @@ def epoch(self: _Feed):
     drop = keep/(1 - cfg.dropout)
     return [(self.bags[o], self.m.y[rows][o], weight[o], drop[o]) for o in np.array_split(order, cfg.batches)]
 
+@patch
+def stream(self: _Feed):
+    "What the draws depend on: members with equal streams draw the same"
+    m, b = self.m, self.bank
+    return m.key, m.rows.tobytes(), m.y[m.rows].tobytes(), b.n.tobytes(), b.views.tobytes(), b.x.shape[1]
+
 # %% ../nbs/08_training.ipynb #b9ad8862
 def _collate(batches, banks, buffer):
     "Batches of all members as tensors: bags (S, B, K, D), mask or None, labels, weights, dropout"
     size = max(len(b[0]) for b in batches)
-    pad = lambda a: np.concatenate([a, np.zeros((size - len(a), *a.shape[1:]), a.dtype)])
+    pad = lambda a: a if len(a) == size else np.concatenate([a, np.zeros((size - len(a), *a.shape[1:]), a.dtype)])
     index = [pad(b[0] + 1) - 1 for b in batches]
     for i, (ix, bank) in enumerate(zip(index, banks)):
         torch.index_select(bank.x, 0, torch.from_numpy(np.where(ix < 0, len(bank.x) - 1, ix).ravel()), out=buffer[i, :ix.size])
@@ -180,14 +188,50 @@ def _collate(batches, banks, buffer):
     mask[weight == 0] = True
     return bags, (None if mask.all() else mask), y, weight.to(bags.dtype), drop.to(bags.dtype)
 
+# %% ../nbs/08_training.ipynb #b3a1f0c3
+class _Attend(torch.autograd.Function):
+    "Attention of a stack: bags (S, B, K, D) to pooled vectors (S, B, H, D) and weights (S, B, K, H)"
+    @staticmethod
+    def forward(ctx, h, V, b, w, mask):
+        t = torch.baddbmm(b[..., None], V, h.flatten(1, 2).mT, beta=2, alpha=2).sigmoid_().mul_(2).sub_(1)
+        s = (w @ t).unflatten(2, h.shape[1:3]).transpose(1, 2)
+        if mask is not None: s = s.masked_fill(~mask[:, :, None], torch.finfo(s.dtype).min)
+        a = s.softmax(-1)
+        ctx.save_for_backward(h, w, t, a)
+        ctx.mark_non_differentiable(weights := a.mT)
+        return a @ h, weights
+
+    @staticmethod
+    def backward(ctx, g, _):
+        h, w, t, a = ctx.saved_tensors
+        ga = g @ h.mT
+        gs = (a * (ga - (a * ga).sum(-1, keepdim=True))).transpose(1, 2).flatten(2)
+        gu = torch.addcmul(t.new_ones(()), t, t, value=-1)
+        gu = gu.mul_(w.mT).mul_(gs) if w.shape[1] == 1 else gu.mul_(w.mT @ gs)
+        return None, gu @ h.flatten(1, 2), gu.sum(-1), gs @ t.mT, None
+
+# %% ../nbs/08_training.ipynb #b3a1f0c4
+def _attend(params, buffers, bags, mask):
+    "Pooled vectors and weights of the stack where `_Attend` can give them, else None; standardisation folded into V"
+    if 'V.weight' not in params or 'U.weight' in params or 'proj.weight' in params: return None
+    V = params['V.weight'] / buffers['std'][:, None]
+    return _Attend.apply(bags, V, params['V.bias'] - (V @ buffers['mean'][..., None])[..., 0], params['w.weight'], mask)
+
 # %% ../nbs/08_training.ipynb #34f61e89
-def _loss(template, cfg):
-    "Function of (weights, buffers, bags, mask, labels, bag weights, dropout) giving one member's loss"
-    def f(params, buffers, bags, mask, y, weight, drop):
-        logits, _ = functional_call(template, (params, buffers), (bags, mask, drop))
-        loss = F.cross_entropy(logits, y, reduction='none', label_smoothing=cfg.label_smoothing)
-        return (loss*weight).sum() / weight.sum()
-    return f
+def _logits(template, params, buffers, bags, mask, drop):
+    "Logits of the stack (S, B, C): written out for one linear head over `_attend`, else through the module under vmap"
+    pooled = _attend(params, buffers, bags, mask)
+    if pooled is not None and not template.ordinal and not template.per_score:
+        z = (pooled[0] - buffers['mean'][:, None, None]) / buffers['std'][:, None, None] * drop[:, :, None]
+        return torch.baddbmm(params['classifier.bias'][:, None], z.flatten(2), params['classifier.weight'].mT)
+    one = lambda p, b, x, m, d, q: functional_call(template, (p, b), (x, m, d), dict(pooled=q))[0]
+    axes = (0, 0, 0, None if mask is None else 0, 0, None if pooled is None else 0)
+    return vmap(one, in_dims=axes)(params, buffers, bags, mask, drop, pooled)
+
+def _loss(logits, y, weight, cfg):
+    "Weighted mean cross-entropy of each member (S,)"
+    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction='none', label_smoothing=cfg.label_smoothing)
+    return (loss.view_as(weight)*weight).sum(1) / weight.sum(1)
 
 def _clip(params, limit):
     "Scale each member's gradients to a norm of at most `limit`"
@@ -222,23 +266,24 @@ def _fit(members, banks, cfg):
     for model, f in zip(models, feeds): _standardise(model, f.bank, f.m.rows)
     params, buffers = stack_module_state(models)
     opt = torch.optim.AdamW(_groups(params.items(), cfg, 3), fused=True)
-    losses = _run(feeds, banks, cfg, params, buffers, opt, _loss(models[0].train(), cfg))
+    losses, watched = _run(feeds, banks, cfg, params, buffers, opt, models[0].train())
     for i, model in enumerate(models):
         model.load_state_dict({k: v[i].detach() for k, v in {**params, **buffers}.items()})
-        model.eval().losses = losses[:, i].tolist()
+        model.eval().losses, model.watched = losses[:, i].tolist(), watched[:, i].tolist()
     return models
 
 # %% ../nbs/08_training.ipynb #bf5354c4
-def _run(feeds, banks, cfg, params, buffers, opt, loss):
-    "All epochs of one stack; mean training loss per epoch and member (epochs, S)"
+def _run(feeds, banks, cfg, params, buffers, opt, template):
+    "All epochs of one stack; per epoch and member (epochs, S) the mean training loss, and the loss on watched slides"
     most = max(math.ceil(len(f.m.rows)/cfg.batches) for f in feeds)
     buffer = banks[0].x.new_empty(len(feeds), most*cfg.bag_size, banks[0].x.shape[1])
-    history, step = [], 0
+    history, watched, step, streams = [], [], 0, [f.stream() for f in feeds]
     for _ in range(cfg.epochs):
         total = 0
-        for batches in zip(*(f.epoch() for f in feeds)):
+        drawn = {s: f.epoch() for s, f in dict(zip(streams, feeds)).items()}
+        for batches in zip(*(drawn[s] for s in streams)):
             bags, mask, y, weight, drop = _collate(batches, banks, buffer)
-            l = vmap(loss, in_dims=(0, 0, 0, None if mask is None else 0, 0, 0, 0))(params, buffers, bags, mask, y, weight, drop)
+            l = _loss(_logits(template, params, buffers, bags, mask, drop), y, weight, cfg)
             opt.zero_grad()
             l.sum().backward()
             _clip(list(params.values()), cfg.clip)
@@ -246,25 +291,47 @@ def _run(feeds, banks, cfg, params, buffers, opt, loss):
             opt.step()
             total, step = total + l.detach(), step + 1
         history.append(total/cfg.batches)
-    return torch.stack(history)
+        watched.append(torch.tensor([_watched_loss(template, params, buffers, i, f) for i, f in enumerate(feeds)]))
+    return torch.stack(history), torch.stack(watched)
+
+# %% ../nbs/08_training.ipynb #c4d2e1a1
+@torch.no_grad()
+def _watched_loss(template, params, buffers, i, feed):
+    "Mean cross-entropy of member `i` on the whole slides it watches; NaN where it watches none"
+    rows, bank = np.asarray(feed.m.watch, dtype=int), feed.bank
+    if not len(rows): return math.nan
+    state = {k: v[i] for k, v in {**params, **buffers}.items()}
+    slides = [bank.x[bank.start[r]:bank.start[r] + bank.n[r]][None] for r in rows]
+    logits = torch.cat([functional_call(template, state, (x,), dict(drop=x.new_ones(1, 1)))[0] for x in slides])
+    return F.cross_entropy(logits, torch.from_numpy(feed.m.y[rows])).item()
 
 # %% ../nbs/08_training.ipynb #32fc85a1
 def fit_stack(
     features: dict, # arm -> list over slides of (N, D) arrays, or (V, N, D) with V stored views
     members: list, # of Member
     cfg: TrainConfig = TrainConfig(), # one for all
-    stack: int = 8, # members trained at once; a matter of speed only
+    stack: int = 4, # members trained at once; a matter of speed only
 ) -> list: # of fitted AttentionMIL, in the order of `members`
     "Train many models together, each as if it were alone"
     dtype = torch.float64 if cfg.double else torch.float32
     banks = {arm: _Bank(arm, features[arm], dtype) for arm in dict.fromkeys(m.arm for m in members)}
     _check_members(members, banks)
-    models, dims = [None]*len(members), [banks[m.arm].x.shape[1] for m in members]
+    models, dims, parts = [None]*len(members), [banks[m.arm].x.shape[1] for m in members], []
     for dim in dict.fromkeys(dims):
-        group = [i for i, d in enumerate(dims) if d == dim]
-        for part in (group[i:i+stack] for i in range(0, len(group), stack)):
-            for i, model in zip(part, _fit([members[i] for i in part], [banks[members[i].arm] for i in part], cfg)): models[i] = model
+        group = sorted((i for i, d in enumerate(dims) if d == dim), key=lambda i: members[i].key)
+        parts += [group[i:i+stack] for i in range(0, len(group), stack)]
+    fitted = _side_by_side(lambda part: _fit([members[i] for i in part], [banks[members[i].arm] for i in part], cfg), parts)
+    for part, some in zip(parts, fitted):
+        for i, model in zip(part, some): models[i] = model
     return models
+
+def _side_by_side(f, parts):
+    "Call `f` on each part, on as many Python threads as torch may use, each of them single-threaded in torch"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool: return list(pool.map(f, parts))
+    finally: torch.set_num_threads(threads)
 
 def _check_members(members, banks):
     "Raise for the first member that cannot be trained"
@@ -387,17 +454,19 @@ def _softmax(z):
     e = np.exp(z.astype(np.float64) - z.max(-1, keepdims=True))
     return e/e.sum(-1, keepdims=True)
 
+def _identity(entry, run, meta):
+    "The columns that name one model"
+    embedder, pretrain_seed = meta[entry['arm']]
+    name = run if not entry['permutation'] else f"{run}:permutation-{entry['permutation']:04d}"
+    return dict(run=name, arm=_arm_name(entry['arm']), embedder=embedder, pretrain_seed=pretrain_seed, seed=entry['seed'], repeat=entry['repeat'], fold=entry['fold'])
+
 def _rows(entry, cohort, logits, entropy, n_patches, run, meta, splits):
     "Prediction rows of one model"
     y, split = entry['member'].y, entry['split']
-    keep = np.isin(split, splits)
-    embedder, pretrain_seed = meta[entry['arm']]
-    name = run if not entry['permutation'] else f"{run}:permutation-{entry['permutation']:04d}"
-    head = dict(run=name, arm=_arm_name(entry['arm']), embedder=embedder, pretrain_seed=pretrain_seed, seed=entry['seed'], repeat=entry['repeat'], fold=entry['fold'], split=split)
-    table = pd.DataFrame(head).assign(**{c: cohort[c].to_numpy() for c in ('cohort', 'site', 'slide_id', 'patient_id')}, y=y)
+    table = pd.DataFrame(dict(_identity(entry, run, meta), split=split)).assign(**{c: cohort[c].to_numpy() for c in ('cohort', 'site', 'slide_id', 'patient_id')}, y=y)
     table[[f'logit{c}' for c in range(len(SCORES))]] = logits.astype(np.float64)
     table[[f'p{c}' for c in range(len(SCORES))]] = _softmax(logits)
-    return table.assign(n_patches=n_patches, attention_entropy=entropy)[keep]
+    return table.assign(n_patches=n_patches, attention_entropy=entropy)[np.isin(split, splits)]
 
 # %% ../nbs/08_training.ipynb #f9273364
 def _arm_name(arm):
@@ -408,6 +477,11 @@ def _entropy(a):
     "Entropy in nats of attention weights (models, N)"
     a = a.astype(np.float64)
     return -(a*np.log(np.where(a > 0, a, 1))).sum(-1)
+
+def _history(plan, models, run, meta):
+    "One row a model and epoch, inner models left out"
+    return pd.concat([pd.DataFrame(dict(_identity(e, run, meta), epoch=np.arange(1, len(m.losses) + 1), train_loss=m.losses, test_loss=m.watched))
+                      for e, m in zip(plan, models) if 'test' in e['split']], ignore_index=True)
 
 # %% ../nbs/08_training.ipynb #37db2132
 def cross_validate(
@@ -423,11 +497,13 @@ def cross_validate(
     embedder: dict | None = None, # arm -> name of its embedder; None: the arm's name
     inner: int = 0, # folds of an inner cross-validation in each training fold; 0: none
     splits=('test', 'inner', 'train', 'external'), # rows to return
-) -> pd.DataFrame: # the predictions table
+    return_history: bool = False, # also return the losses of every epoch
+): # the predictions table; with `return_history` also a row a model and epoch, with train_loss and test_loss
     "Train every arm, repeat, fold and seed as one stack; return one long table of predictions"
     _check_cohort(features, cohort)
     plan = _plan(cohort, list(features), cfg, n_folds, repeats, seeds, permutations, by_site, inner)
-    models = fit_stack(features, [e['member'] for e in plan], cfg)
+    watch = lambda e: replace(e['member'], watch=np.flatnonzero(e['split'] == 'test')) if return_history else e['member']
+    models = fit_stack(features, [watch(e) for e in plan], cfg)
     meta = {a: ((embedder or {}).get(_arm_name(a), _arm_name(a)), a[1] if isinstance(a, tuple) else 0) for a in features}
     tables = []
     for arm, bags in features.items():
@@ -435,7 +511,8 @@ def cross_validate(
         logits, attention = predict([models[i] for i in mine], bags, return_attention=True)
         entropy, n = np.stack([_entropy(a) for a in attention], 1), np.array([a.shape[1] for a in attention])
         tables += [_rows(plan[i], cohort, l, h, n, run, meta, splits) for i, l, h in zip(mine, logits, entropy)]
-    return pd.concat(tables, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True)
+    return (table, _history(plan, models, run, meta)) if return_history else table
 
 # %% ../nbs/08_training.ipynb #3ed903e8
 def _check_cohort(features, cohort):
