@@ -22,7 +22,7 @@ from her2_mil.phantom import PhantomWorld, parse_phantom_uri, phantom_cohort, ph
 from her2_mil.study import StudyConfig
 
 SMALL = PhantomWorld(size=(700.0, 560.0))
-TINY = dict(n_folds=3, seeds=1, patches_per_slide=10, bag_size=8, mil_epochs=2, permutations=2, pretrain_patches=64, pretrain_epochs=1, n_jobs=2)
+TINY = dict(n_folds=3, seeds=1, patches_per_slide=10, bag_size=8, mil_epochs=2, inner_folds=2, permutations=2, pretrain_patches=64, pretrain_epochs=1, n_jobs=2)
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 
 
@@ -91,7 +91,7 @@ def test_a_run_is_whole(done):
             "figures", "failures.csv", "timings.csv", "log.txt", "table.csv", "model"} <= made
     assert not list(done.rglob("*.part"))
     table = pd.read_csv(done / "runs/phantom/table.csv")
-    assert len(table) == 6 and all("phantom" in c for c in table.columns[2:3])
+    assert len(table) == 7 and all("phantom" in c for c in table.columns[2:3])
 
 
 def test_the_same_run_gives_the_same_table_bit_for_bit(done):
