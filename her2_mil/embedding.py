@@ -456,7 +456,7 @@ def _fetch_torchvision(enum, weights=None) -> Path:
         raise EmbedderError(f"{path} is not the file torchvision published: its SHA-256 does not begin with {prefix}; delete it and fetch {url}.")
     try: _download(url, cache, prefix)
     except Exception as e:
-        raise EmbedderError(f"The weights {name} are not at hand and could not be downloaded ({type(e).__name__}); fetch {url} (about {size:.0f} MB) and put it at {own}.") from None
+        raise EmbedderError(f"The weights {name} are not at hand and could not be downloaded ({type(e).__name__}); fetch {url} (about {size:.0f} MB, licence BSD-3-Clause; ImageNet itself is for non-commercial research) and put it at {own}.") from None
     return cache
 
 def _download(url, path, prefix, timeout=20):

@@ -95,7 +95,7 @@ ANATOMY = pd.DataFrame([
     ('stain_tilt',         .02,  '',     'SD between slides of each component of the unit stain vectors; our choice'),
     ('stain_gain',         .13,  '',     'SD between slides of the logarithm of the amount of stain; our choice'),
     ('fold',               26.,  'um',   'width of a fold; our choice'),
-    ('pen',                70.,  'um',   'width of a pen stroke; a felt pen draws ten times as wide, but these slides are small'),
+    ('pen',                70.,  'um',   'width of a pen stroke, thin as these slides are small; our choice'),
     ('dust',               4.,   'um',   'radius of a speck: this x gamma(2); our choice'),
     ('defocus',            4.,   'um',   'SD of the blur where a slide is out of focus; our choice')],
     columns=['name', 'value', 'unit', 'note']).set_index('name')

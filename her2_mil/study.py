@@ -70,7 +70,7 @@ class StudyConfig:
     attention_lr:float = _choice(.3, 'learning rate of the attention over that of the rest; chosen on calibration cohorts, see below')
     mil_epochs:int = _choice(15, 'fixed; no early stopping')
     inner_folds:int = _choice(3, 'inner cross-validation of the primary arm, for the temperature; 0 for none', 'no calibration in what we have')
-    permutations:int = _choice(20, 'label permutations by patient, folds redrawn', 'none in what we have')
+    permutations:int = _choice(200, 'label permutations by patient, folds redrawn', 'none in what we have')
     seed:int = _choice(0, 'every random stream derives from it')
     n_jobs:int = _choice(2, 'slides read at once; changes no result', '')
     allow_failures:bool = _choice(False, 'true goes on when slides fail', '')

@@ -89,6 +89,7 @@ def _by_strips(
 
 # %% ../nbs/03_tiling.ipynb #b22264bb
 _WHITE = np.array([[245., 245., 245.]])  # the glass assumed where a field shows none: a typical scanner's
+_BINS = np.array([4096, 64, 1])  # colours in steps of 4 as one number
 
 def _tones(
     px:np.ndarray,  # uint8 (n, 3) pixels that are glass
@@ -97,11 +98,15 @@ def _tones(
     "Modes of a colour histogram, most frequent first, at most eight"
     rest, tones, reach = px.astype(np.int16), [], spec.glass_spread
     while len(tones) < 8 and len(rest) >= max(9, spec.gradient_share*len(px)):
-        codes, counts = np.unique(rest//4 @ np.array([4096, 64, 1]), return_counts=True)
+        codes, counts = np.unique(rest//4 @ _BINS, return_counts=True)
         code = codes[counts.argmax()]
         tone = np.array([code//4096, code//64 % 64, code % 64])*4 + 2.
-        for _ in range(3): tone = rest[np.abs(rest - tone).max(1) <= reach + 1].mean(0)
+        for _ in range(3):
+            if (close := np.abs(rest - tone).max(1) <= reach + 1).any(): tone = rest[close].mean(0)
         near = np.abs(rest - tone).max(1) <= reach
+        if not near.any():  # a mean may lie between its pixels: set the mode aside
+            rest = rest[rest//4 @ _BINS != code]
+            continue
         neighbour = any(np.abs(tone - t).max() <= 2*reach for t in tones)
         if near.sum() >= (spec.gradient_share if neighbour else spec.glass_share)*len(px): tones.append(tone)
         rest = rest[~near]
