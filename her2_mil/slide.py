@@ -251,18 +251,22 @@ _TILE_CACHE = 12*2**20  # bytes of decoded tiles a thread keeps: 64 tiles of 256
 def decode(self:_NativeTiles,
     i:int,  # tile index, row by row
     k:int=1,  # whole number of pixels to average along each side, a divisor of the tile's
+    into=None,  # uint8 (h, w, 3) to decode into where an average is all that is kept
 ) -> np.ndarray:  # uint8 (h/k, w/k, 3)
     "One tile, area-averaged"
     w, h = self.tile
     if not self.counts[i]: return np.full((h//k, w//k, 3), self.background, np.uint8)
-    out = imagecodecs.jpeg8_decode(os.pread(self.fd, int(self.counts[i]), int(self.offsets[i])), **self.how)
+    out = imagecodecs.jpeg8_decode(os.pread(self.fd, int(self.counts[i]), int(self.offsets[i])), out=into, **self.how)
     if out.shape != (h, w, 3): raise ValueError(f'tile of shape {out.shape}')
     return out if k == 1 else cv2.resize(out, (w//k, h//k), interpolation=cv2.INTER_AREA)
 
 # %% ../nbs/02_slide.ipynb #610a7b0c
 class _Scratch(dict):
     "Decoded tiles of one thread, oldest first, and a window to average from: memory that is used again costs no page faults"
-    window = None
+    window = pixels = None
+    def tile(self, shape, k):  # a tile's pixels before they are averaged; None where they are kept
+        if k > 1 and (self.pixels is None or self.pixels.shape != shape): self.pixels = np.empty(shape, np.uint8)
+        return self.pixels if k > 1 else None
     def white(self, shape, inside):  # a window of this shape; white where it is not `inside` the level and so not overwritten
         if self.window is None or self.window.shape != shape: self.window = np.empty(shape, np.uint8)
         if not inside: self.window.fill(255)
@@ -285,7 +289,7 @@ def region(self:_NativeTiles,
             tile = cache.pop((i, k), None)
             if tile is None:
                 if len(cache) >= most: del cache[next(iter(cache))]
-                tile = self.decode(i, k)
+                tile = self.decode(i, k, cache.tile((*self.tile[::-1], 3), k))
             cache[i, k] = tile
             l, t, r, b = max(x0, tx*tw), max(y0, ty*th), min(x1, (tx + 1)*tw), min(y1, (ty + 1)*th)
             out[t-y0:b-y0, l-x0:r-x0] = tile[t-ty*th:b-ty*th, l-tx*tw:r-tx*tw]
