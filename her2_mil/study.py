@@ -63,7 +63,7 @@ class StudyConfig:
     repeats:int = _choice(1, 'partitions into folds')
     seeds:int = _choice(3, 'initialisations; averaged, never counted as n')
     pretrain_seeds:int = _choice(1, 'trainings of each source')
-    pretrain_patches:int = _choice(6000, 'unique patches of each phantom source, as many as ten minutes allow', 'PatchCamelyon has 262,144 for training')
+    pretrain_patches:int = _choice(6000, 'unique patches of each phantom source, few, so that runs stay short', 'PatchCamelyon has 262,144 for training')
     pretrain_epochs:int = _choice(5, 'passes over them; the same number of steps for each source')
     pretrain_lr:float = _choice(1e-4, 'peak; ten times as much collapses the features of a network trained from scratch, see 06_pretraining')
     head:str = _choice('ordinal', 'the scores are ordered; chosen on calibration cohorts, see below. The other head is an arm of the table', 'four classes; the head is not known to us')
