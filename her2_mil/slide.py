@@ -7,6 +7,7 @@ __all__ = ['SlideError', 'WholeSlide', 'slide_sha256', 'fetch_slide', 'plot_fiel
 
 # %% ../nbs/02_slide.ipynb #919495b8
 import gc, hashlib, math, os, re, sys, uuid, warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -244,6 +245,16 @@ class _NativeTiles:
     def __del__(self):
         if hasattr(self, 'fd'): os.close(self.fd)
 
+# %% ../nbs/02_slide.ipynb #d5304bfd
+def _memory(
+    shape:tuple,  # of the array
+) -> np.ndarray:  # uint8, beginning 8 bytes past a multiple of 64
+    "Memory that libjpeg-turbo fills through the cache: it writes aligned rows around it, and who reads them next has to wait"
+    n = math.prod(shape)
+    room = np.empty(n + 64, np.uint8)
+    start = (8 - room.ctypes.data) % 64
+    return room[start:start + n].reshape(shape)
+
 # %% ../nbs/02_slide.ipynb #9aa03af2
 _TILE_CACHE = 12*2**20  # bytes of decoded tiles a thread keeps: 64 tiles of 256 px, a square of four patches
 
@@ -251,13 +262,13 @@ _TILE_CACHE = 12*2**20  # bytes of decoded tiles a thread keeps: 64 tiles of 256
 def decode(self:_NativeTiles,
     i:int,  # tile index, row by row
     k:int=1,  # whole number of pixels to average along each side, a divisor of the tile's
-    into=None,  # uint8 (h, w, 3) to decode into where an average is all that is kept
+    into=None,  # uint8 (h, w, 3) to decode into; None for new memory
 ) -> np.ndarray:  # uint8 (h/k, w/k, 3)
     "One tile, area-averaged"
     w, h = self.tile
     if not self.counts[i]: return np.full((h//k, w//k, 3), self.background, np.uint8)
+    if into is None: into = _memory((h, w, 3))
     out = imagecodecs.jpeg8_decode(os.pread(self.fd, int(self.counts[i]), int(self.offsets[i])), out=into, **self.how)
-    if out.shape != (h, w, 3): raise ValueError(f'tile of shape {out.shape}')
     return out if k == 1 else cv2.resize(out, (w//k, h//k), interpolation=cv2.INTER_AREA)
 
 # %% ../nbs/02_slide.ipynb #610a7b0c
@@ -265,7 +276,7 @@ class _Scratch(dict):
     "Decoded tiles of one thread, oldest first, and a window to average from: memory that is used again costs no page faults"
     window = pixels = None
     def tile(self, shape, k):  # a tile's pixels before they are averaged; None where they are kept
-        if k > 1 and (self.pixels is None or self.pixels.shape != shape): self.pixels = np.empty(shape, np.uint8)
+        if k > 1 and (self.pixels is None or self.pixels.shape != shape): self.pixels = _memory(shape)
         return self.pixels if k > 1 else None
     def white(self, shape, inside):  # a window of this shape; white where it is not `inside` the level and so not overwritten
         if self.window is None or self.window.shape != shape: self.window = np.empty(shape, np.uint8)
@@ -358,6 +369,15 @@ def _field(self:WholeSlide,
         raise SlideError(f'{self.path.name}: cannot decode a tile near ({round(l*d)}, {round(t*d)}), level {level} ({e}); copy or download it again') from None
     out[:] = _resample(window, (x - x0, y - y0), (sx, sy), size)
 
+# %% ../nbs/02_slide.ipynb #4aa77bd7
+def _take(
+    mine:deque,  # stretch of one thread
+    stretches:list,  # of all threads
+):  # the next of `mine`, else the last of the longest; None where none is left
+    "Share out work so that all end together"
+    try: return mine.popleft() if mine else max(stretches, key=len).pop()
+    except IndexError: return None  # another thread was faster
+
 # %% ../nbs/02_slide.ipynb #ca58557b
 @patch
 def fields(self:WholeSlide,
@@ -372,13 +392,19 @@ def fields(self:WholeSlide,
     if not len(coords): return out
     level = self._level_for(mpp)
     tiles = self._native(level)
-    def some(part):
+    stretches = [deque(p.tolist()) for p in np.array_split(_curve_order(coords), max(1, threads))]
+    def some(mine):
         cache = _Scratch()
-        for i in part: self._field(tiles, level, *coords[i].tolist(), (size, size), mpp, cache, out[i])
-    parts = np.array_split(_curve_order(coords), max(1, threads))
-    if len(parts) == 1: some(parts[0])  # here, where freed memory is at hand
-    else:
-        with ThreadPoolExecutor(len(parts)) as pool: list(pool.map(some, parts))
+        try:
+            while (i := _take(mine, stretches)) is not None:
+                self._field(tiles, level, *coords[i].tolist(), (size, size), mpp, cache, out[i])
+        except BaseException:
+            for s in stretches: s.clear()  # nobody begins another
+            raise
+    with ThreadPoolExecutor(len(stretches)) as pool:
+        others = [pool.submit(some, s) for s in stretches[1:]]
+        some(stretches[0])  # by this thread, which would only wait
+        for o in others: o.result()
     return out
 
 # %% ../nbs/02_slide.ipynb #cd84543d

@@ -201,3 +201,21 @@ def test_openslide_reads_what_the_fast_path_does_not(tmp_path):
     with WholeSlide(tmp_path/'z.tif') as s:
         with pytest.warns(UserWarning, match='read by OpenSlide'): a = read_patches(s, np.array([(10, 20)]), TileSpec(patch=64))
         assert (a[0] == px[20:84, 10:74]).all()
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+def test_a_damaged_tile_is_named_and_stops_all_threads(tmp_path, threads, monkeypatch):
+    "Every tile but the first is overwritten: the first error ends the reading, whichever thread meets it"
+    px = np.random.default_rng(0).integers(0, 255, (1024, 1024, 3), dtype=np.uint8)
+    tifffile.imwrite(tmp_path/'torn.tif', px, tile=(128, 128), photometric='rgb', compression='jpeg', metadata=None, resolution=(1e4/.5,)*2, resolutionunit='CENTIMETER')
+    read = []
+    monkeypatch.setattr(WholeSlide, '_field', lambda self, *args, old=WholeSlide._field: (read.append(1), old(self, *args)))
+    with WholeSlide(tmp_path/'torn.tif') as s:
+        tiles = s._native(0)
+        with open(tmp_path/'torn.tif', 'r+b') as f:
+            for o, n in zip(tiles.offsets[1:], tiles.counts[1:]):
+                f.seek(int(o))
+                f.write(bytes(int(n)))
+        at = np.mgrid[0:1024:128, 0:1024:128].reshape(2, -1).T
+        with pytest.raises(SlideError, match='cannot decode a tile near'): s.fields(at, 128, .5, threads)
+    assert len(read) <= 2*threads
