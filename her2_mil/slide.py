@@ -407,6 +407,17 @@ def fields(self:WholeSlide,
         for o in others: o.result()
     return out
 
+# %% ../nbs/02_slide.ipynb #0f8902f2
+@patch
+def _overview_level(self:WholeSlide,
+    mpp:float,  # target um/px
+) -> int:  # level
+    "Twice as fine as `mpp`, or up to four times the nearest finer; the one at `mpp` where all finer ones are huge"
+    d = self.level_downsamples
+    near, fine, finer = self._level_for(mpp, .01), self._level_for(mpp), self._level_for(mpp/2, .01)
+    if d[near] > 8*d[fine]: return near
+    return finer if d[fine] < 5*d[finer] else fine
+
 # %% ../nbs/02_slide.ipynb #cd84543d
 @patch
 def thumbnail(self:WholeSlide,
@@ -414,8 +425,7 @@ def thumbnail(self:WholeSlide,
 ) -> np.ndarray:  # uint8 (H, W, 3); pixel (i, j) covers level-0 px [j, j+1) x mpp / slide mpp
     "The whole slide at exactly `mpp`; the last row and column may reach over the border, into white"
     W, H = (max(1, math.ceil(s*m/mpp - 1e-6)) for s, m in zip(self.size, self.mpp))
-    fine, near = self._level_for(mpp), self._level_for(mpp, slack=0.01)
-    level = near if self.level_downsamples[near]/self.level_downsamples[fine] > 8 else fine
+    level = self._overview_level(mpp)
     step = mpp/min(self.mpp)/self.level_downsamples[level]
     block, tiles = max(1, int(1024/step)), self._native(level, quiet=True)
     out = np.empty((H, W, 3), np.uint8)

@@ -39,14 +39,16 @@ class TissueSpec:
     saturation:float = 0.012  # tissue is more coloured than this relative to glass: 3 grey levels
     noise:float = 4.  # ... and than this many deviations of the glass's own saturation
     noise_most:float = 0.06  # ... of which noise never asks for more than this
-    tint:float = 0.002  # a web of faint walls is more coloured than this in the mean over its surroundings: half a grey level
+    tint:float = 0.002  # a web of faint walls is more coloured than this in the mean over `net`: half a grey level
     neutral:float = 0.8  # absorption of the least absorbed colour over that of the most: ink, dust and shadow are above, tissue below
     edge:float = 0.5  # the outline runs where saturation falls to this part of its highest neighbour's; a faint wall ends at half of it
     ink_hue:tuple = (60., 250.)  # degrees from yellow over green to blue; haematoxylin and eosin lie in 270-345
     solid:float = 16.  # um: tissue thicker than twice this is solid, the rest a net
     close:float = 24.  # um: gaps in solid tissue up to twice this wide are bridged
-    net:float = 48.  # um: gaps in a net up to twice this wide are bridged, and a web of faint walls is at least so wide; fat cells are 50-100 um across
-    min_object:float = 40_000.  # um^2: smaller objects are debris; a 224 px patch at 0.5 um/px has 12,544
+    net:float = 48.  # um: gaps in a net up to twice this wide are bridged; fat cells are 50-100 um across
+    most:float = 144.  # um: a wall counts if most walls so near are tinted in that mean
+    web:float = 32.  # um: a web of faint walls is wider than twice this, about a fat cell
+    min_object:float = 12_500.  # um^2: smaller objects are debris, or hold no patch: one of 224 px at 0.5 um/px has 12,544
     min_hole:float = 20_000.  # um^2: smaller holes are lumina and fat cells, and belong to the tissue
 
 # %% ../nbs/03_tiling.ipynb #c88bcc1b
@@ -60,7 +62,7 @@ def _high_low(
 def _flat_pale(
     image:np.ndarray,  # uint8 (H, W, 3) at about 8 um/px
     spec:TissueSpec,  # constants
-) -> tuple:  # one uint8 (H, W): 0 not glass; 1 bright, pale and flat; 2 that, and exactly constant near-white
+) -> tuple:  # one uint8 (H, W): 0 not glass; 1 bright, pale and flat; 2 that, and exactly constant near-white; 4 more where a square of twice `net` is flat
     "Pixels that can be glass"
     k = np.ones((3, 3), np.uint8)
     span = lambda a: _high_low(cv2.subtract(cv2.dilate(a, k), cv2.erode(a, k)))[0]
@@ -69,7 +71,8 @@ def _flat_pale(
     pale = (high >= 255*spec.glass_value) & (cv2.subtract(high, low) <= cv2.LUT(high, most))
     flat = pale & (span(cv2.blur(image, (3, 3))) <= spec.glass_range)
     flat = cv2.morphologyEx(flat.astype(np.uint8), cv2.MORPH_OPEN, k)
-    return (flat << ((span(image) == 0) & (low >= 250)),)
+    wide = cv2.morphologyEx(flat, cv2.MORPH_OPEN, np.ones((2*round(spec.net/spec.mpp) + 1,)*2, np.uint8))
+    return ((flat << ((span(image) == 0) & (low >= 250))) + 4*wide,)
 
 # %% ../nbs/03_tiling.ipynb #00c12ce7
 def _by_strips(
@@ -119,12 +122,11 @@ def _glass(
 ) -> tuple:  # float (n, 3) tones, most frequent first; uint8 (H, W) of `_flat_pale`
     "Tones of glass, and where it is flat"
     for loose, share in ((1, .01), (2, .1)):  # a noisy image may be less flat, if there is much of it
-        flat, = _by_strips(partial(_flat_pale, spec=replace(spec, glass_range=loose*spec.glass_range)), image)
+        flat, = _by_strips(partial(_flat_pale, spec=replace(spec, glass_range=loose*spec.glass_range)), image, halo=3 + 2*round(spec.net/spec.mpp))
         k = max(1, int((flat.size/200_000)**.5))  # some 200,000 pixels tell the colour
-        few, imaged = flat[::k, ::k] > 0, flat[::k, ::k] == 1
-        enough = max(9, few.size*share)
-        if imaged.sum() >= enough: few = imaged  # what was imaged, not what was filled in
-        if few.sum() >= enough: return _tones(image[::k, ::k][few], spec), flat
+        few = flat[::k, ::k]
+        for px in (few == 5, few % 4 == 1, few > 0):  # rather what was imaged than what was filled in, and outside of fat cells
+            if px.sum() >= max(9, few.size*share): return _tones(image[::k, ::k][px], spec), flat
     return _WHITE, flat
 
 def glass_colours(
@@ -212,24 +214,48 @@ def _least_pit(
     middle, spread = _middle_spread(own)
     return middle + spec.noise*max(spread, .5)
 
+# %% ../nbs/03_tiling.ipynb #6e4fbb91
+def _around(
+    a:np.ndarray,  # uint8 (H, W)
+    radius:float,  # um
+    um:float,  # um/px
+) -> np.ndarray:  # float32, a value for each 4 x 4 px
+    "Mean over a square of that radius: it varies slowly, and every fourth pixel will do"
+    return cv2.boxFilter(a, cv2.CV_32F, (2*max(1, round(radius/um)) + 1,)*2)[::4, ::4].copy()
+
+def _tinted(
+    image:np.ndarray,  # uint8 (H, W, 3), or a strip of it
+    solid:np.ndarray,  # bool (H, W) solid tissue and its fringe
+    tones:list,  # pairs of a glass tone and its `_least_saturation`
+    um:float,  # um/px
+    spec:TissueSpec,  # constants
+) -> np.ndarray:  # bool, a value for each 4 x 4 px
+    "Where the mean colour, solid tissue left out, is that of stain, faint as it may be"
+    clear = (~solid).astype(np.uint8)
+    mean = np.dstack([_around(c*clear, spec.net, um) for c in cv2.split(image)])/np.maximum(_around(clear, spec.net, um), 1e-6)[..., None]
+    out = np.ones(mean.shape[:2], bool)
+    for glass, _ in tones:
+        H, S, V = cv2.split(cv2.cvtColor(np.minimum(mean/glass.astype(np.float32), 1), cv2.COLOR_RGB2HSV))
+        hue = (S < spec.saturation) | (H < spec.ink_hue[0]) | (H > spec.ink_hue[1])
+        out &= (S > spec.tint) & (S > 1 - V**(1/spec.neutral - 1)) & hue
+    return out
+
 # %% ../nbs/03_tiling.ipynb #2a63393b
 def _webbed(
     image:np.ndarray,  # uint8 (H, W, 3), or a strip of it
+    solid:np.ndarray,  # bool (H, W) solid tissue and its fringe
     tones:list,  # pairs of a glass tone and its `_least_saturation`
     least:float,  # of `_least_pit`
     um:float,  # um/px
     spec:TissueSpec,  # constants
-) -> tuple:  # one uint8 (H, W)
-    "Walls of a web that is tinted in the mean"
-    p, odd = _pits(image, um, spec), lambda r: 2*max(1, round(r/um)) + 1
-    strongest = cv2.dilate(p, np.ones((odd(spec.close),)*2, np.uint8))
-    wall = (p > least) & (p >= cv2.LUT(strongest, np.rint(spec.edge/2*np.arange(256)).astype(np.uint8)))
-    mean = cv2.boxFilter(image, cv2.CV_32F, (odd(spec.net),)*2)[::4, ::4]  # it varies slowly
-    for glass, _ in tones:
-        H, S, V = cv2.split(cv2.cvtColor(np.minimum(mean/glass.astype(np.float32), 1), cv2.COLOR_RGB2HSV))
-        tinted = (S > spec.tint) & (S > 1 - V**(1/spec.neutral - 1)) & ((H < spec.ink_hue[0]) | (H > spec.ink_hue[1]))
-        wall &= tinted.repeat(4, 0).repeat(4, 1)[:len(p), :p.shape[1]]
-    return (wall.astype(np.uint8),)
+) -> np.ndarray:  # uint8 (H, W)
+    "Walls of a web most of which is tinted"
+    p = _pits(image, um, spec)
+    strongest = cv2.dilate(p, np.ones((2*max(1, round(spec.net/um)) + 1,)*2, np.uint8))
+    wall = ((p > least) & (p >= cv2.LUT(strongest, np.rint(spec.edge/2*np.arange(256)).astype(np.uint8)))).astype(np.uint8)
+    full = lambda a: a.repeat(4, 0).repeat(4, 1)[:len(p), :p.shape[1]]
+    pink = wall*full(_tinted(image, solid, tones, um, spec))
+    return wall*full(_around(pink, spec.most, um) >= .5*_around(wall, spec.most, um))
 
 # %% ../nbs/03_tiling.ipynb #ca8ae2a5
 def _disc(
@@ -269,12 +295,12 @@ def _joined(
 ) -> tuple:  # one uint8 (H, W)
     "Solid tissue, nets and webs, each with its gaps bridged"
     net, mask = _stained(image, tones, spec)
-    web, = _webbed(image, tones, least, um, spec)
     opened = lambda m, radius: cv2.morphologyEx(m, cv2.MORPH_OPEN, _disc(radius, um))
     fringe = cv2.dilate(opened(mask, spec.solid), _disc(spec.solid, um)) > 0
+    web = _webbed(image, fringe, tones, least, um, spec)
     net[fringe] = 0
     web[fringe] = 0
-    mask = _close(mask, spec.close, um) | _close(net, spec.net, um) | opened(_close(web | net, spec.net, um), spec.net)
+    mask = _close(mask, spec.close, um) | _close(net, spec.net, um) | opened(_close(web | net, spec.net, um), spec.web)
     return (_close(mask, spec.close, um),)
 
 # %% ../nbs/03_tiling.ipynb #e094ad4f
@@ -294,7 +320,7 @@ def tissue_mask(
     tones, least = [(t, _least_saturation(small, t, flat, spec)) for t in tones], _least_pit(small, flat, um, spec)
     del flat  # at 100,000 px each array is 10 MB
     joined = partial(_joined, tones=tones, least=least, um=um, spec=spec)
-    mask, = _by_strips(joined, small, rows=128, halo=8*max(1, round(spec.net/um)))
+    mask, = _by_strips(joined, small, rows=192, halo=12*max(1, round(spec.net/um)))
     del image, small, joined  # 30 MB, where the caller keeps none
     mask = 1 - _keep_large(1 - mask, spec.min_hole/um**2)
     mask = _keep_large(cv2.morphologyEx(mask, cv2.MORPH_OPEN, _disc(spec.solid, um)), spec.min_object/um**2)
