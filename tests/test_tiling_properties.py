@@ -1,7 +1,9 @@
 """Properties of grid, coordinates and bags over drawn geometries."""
 import json
 
+import cv2
 import h5py
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -219,3 +221,40 @@ def test_a_damaged_tile_is_named_and_stops_all_threads(tmp_path, threads, monkey
         at = np.mgrid[0:1024:128, 0:1024:128].reshape(2, -1).T
         with pytest.raises(SlideError, match='cannot decode a tile near'): s.fields(at, 128, .5, threads)
     assert len(read) <= 2*threads
+
+
+def dicom_level(path, px, mpp, series, level):
+    "One level of a whole slide as a DICOM file of JPEG tiles, row by row, as scanners write it"
+    from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import JPEGBaseline8Bit, VLWholeSlideMicroscopyImageStorage, generate_uid
+    h, w = px.shape[:2]
+    tiles = [px[y:y+128, x:x+128] for y in range(0, h, 128) for x in range(0, w, 128)]
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = VLWholeSlideMicroscopyImageStorage, generate_uid(), JPEGBaseline8Bit
+    d, measures, group = FileDataset(str(path), {}, file_meta=meta, preamble=b'\0'*128), Dataset(), Dataset()
+    measures.PixelSpacing = [mpp/1000]*2
+    group.PixelMeasuresSequence = [measures]
+    for name, value in dict(SOPClassUID=meta.MediaStorageSOPClassUID, SOPInstanceUID=meta.MediaStorageSOPInstanceUID, SeriesInstanceUID=series,
+                            ImageType=['DERIVED' if level else 'ORIGINAL', 'PRIMARY', 'VOLUME', 'RESAMPLED' if level else 'NONE'], Modality='SM',
+                            TotalPixelMatrixColumns=w, TotalPixelMatrixRows=h, Rows=128, Columns=128, NumberOfFrames=len(tiles), SamplesPerPixel=3,
+                            PhotometricInterpretation='YBR_FULL_422', PlanarConfiguration=0, BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0,
+                            TotalPixelMatrixFocalPlanes=1, NumberOfOpticalPaths=1, DimensionOrganizationType='TILED_FULL',
+                            SharedFunctionalGroupsSequence=[group]).items(): setattr(d, name, value)
+    d.PixelData = encapsulate([imagecodecs.jpeg8_encode(np.ascontiguousarray(t), level=95, colorspace='rgb', outcolorspace='ycbcr', subsampling='422') for t in tiles])
+    d['PixelData'].is_undefined_length = True
+    d.save_as(path, enforce_file_format=True)
+
+
+def test_a_folder_of_dicom_files_is_one_slide(tmp_path):
+    "Two levels, opened by their folder or by either file: same pixels, same hash, fields by OpenSlide"
+    from pydicom.uid import generate_uid
+    coarse = np.random.default_rng(0).integers(60, 250, (16, 24, 3), dtype=np.uint8)
+    px, series = cv2.resize(coarse, (768, 512), interpolation=cv2.INTER_CUBIC), generate_uid()
+    for level in (0, 1): dicom_level(tmp_path/f'{level}.dcm', cv2.resize(px, None, fx=.5**level, fy=.5**level, interpolation=cv2.INTER_AREA), .25*2**level, series, level)
+    with WholeSlide(tmp_path) as s, WholeSlide(tmp_path/'1.dcm') as other:
+        assert s.properties['openslide.vendor'] == 'dicom' and s.level_sizes == ((768, 512), (384, 256)) and s.mpp == (.25, .25)
+        assert s.sha256 == other.sha256
+        with pytest.warns(UserWarning, match='read by OpenSlide'): fields = s.fields([(0, 0), (100, 60)], 200, .25)
+        for f, (x, y) in zip(fields, [(0, 0), (100, 60)]): assert np.abs(f.astype(int) - px[y:y+200, x:x+200]).mean() < 3
+        assert (other.read(0, 0, 100, .5) == s.read(0, 0, 100, .5)).all()
