@@ -26,6 +26,16 @@ from . import phantom
 class SlideError(RuntimeError):
     "A slide that cannot be used: the message names the place, the value and the remedy"
 
+# %% ../nbs/02_slide.ipynb #d8916ee7
+def _eight_bits(
+    image:Image.Image,  # as Pillow read it
+    name:str,  # file name, for the message
+) -> Image.Image:  # 8 bits a channel
+    "16-bit grey scaled to 8 bits, where Pillow would cut it off; other numbers refused"
+    if image.mode.startswith('I;16'): return Image.fromarray((np.asarray(image)//257).astype(np.uint8))
+    if image.mode in ('I', 'F'): raise SlideError(f'{name}: a grey image of 32-bit numbers (mode {image.mode}) whose white is not known; save it with 8 bits')
+    return image
+
 # %% ../nbs/02_slide.ipynb #9e382791
 def _open(
     path:Path,  # an existing slide, or a folder of DICOM files
@@ -35,11 +45,12 @@ def _open(
     try: return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError: pass
     except openslide.OpenSlideError as e:
-        raise SlideError(f'{path.name}: damaged or incomplete slide ({e}); copy or download it again') from None
+        raise SlideError(f'{path.name}: damaged, incomplete, or coded in a way that OpenSlide does not know ({e}); copy it again, or convert it to a tiled TIFF of JPEG') from None
     try:
         image = Image.open(path)
         image.load()
-        return openslide.ImageSlide(image)
+        return openslide.ImageSlide(_eight_bits(image, path.name))
+    except SlideError: raise
     except Image.DecompressionBombError:
         raise SlideError(f'{path.name}: a plain image this large has no levels; convert it to a pyramidal tiled TIFF') from None
     except Exception: raise SlideError(f'{path.name}: no slide and no image that OpenSlide or Pillow can read; '
@@ -55,12 +66,13 @@ def _resolve_mpp(
     objective:bool=False,  # where the file has none, use 10 / objective power
 ) -> tuple:  # (x, y) um/px of level 0
     "um/px of level 0: override, else the file's, else (if asked) the objective's"
-    pair = tuple(np.broadcast_to(np.asarray(np.nan if mpp is None or mpp == '' else mpp, float), 2))
+    try: pair = tuple(np.broadcast_to(np.asarray(np.nan if mpp is None or mpp == '' else mpp, float), 2))
+    except (TypeError, ValueError): raise SlideError(f"{name}: mpp={mpp!r}; give um/px as a number or a pair (x, y)") from None
     where = 'given'
     if np.isnan(pair).any():
         pair, where = tuple(float(properties.get(f'openslide.mpp-{a}', 'nan')) for a in 'xy'), 'in the file'
-    power = properties.get('openslide.objective-power')
-    if np.isnan(pair).any() and objective and power: pair, where = (10/float(power),)*2, 'from the objective'
+    power = float(properties.get('openslide.objective-power') or 0)
+    if np.isnan(pair).any() and objective and power > 0: pair, where = (10/power,)*2, 'from the objective'
     if np.isnan(pair).any():
         raise SlideError(f"{name}: no um/px in the file; pass mpp=..., or fill the manifest's mpp column")
     if not all(_MPP_RANGE[0] <= v <= _MPP_RANGE[1] for v in pair):
@@ -110,9 +122,13 @@ def __exit__(self:WholeSlide, *args): self.close()
 
 @patch
 def close(self:WholeSlide):
-    "Release the file"
-    self._natives = {}
-    self._osr.close()
+    "Release the file; reading after it is a `SlideError`"
+    if self._natives is not None: self._osr.close()
+    self._natives = None
+
+@patch
+def __reduce__(self:WholeSlide):  # a slide that crosses to another process is opened anew there
+    return WholeSlide, (self.path, self.mpp)
 
 @patch
 def __repr__(self:WholeSlide):
@@ -161,6 +177,8 @@ def _level_for(self:WholeSlide,
     slack:float=-0.001,  # how much coarser than the target a level may be, as a fraction
 ) -> int:  # index of the nearest finer level, or 0
     "The level to read from for a target mpp"
+    if not mpp > 0: raise SlideError(f'{self.path.name}: asked for {mpp} um/px; it must be above 0')
+    if self._natives is None: raise SlideError(f'{self.path.name}: the slide is closed; open it again')
     fine = [l for l, d in enumerate(self.level_downsamples) if d*max(self.mpp) < mpp*(1 + slack)]
     return max(fine, key=lambda l: self.level_downsamples[l], default=0)
 
@@ -225,7 +243,7 @@ def _jpeg_tiles(
         if page.samplesperpixel != 3 or page.bitspersample != 8 or page.planarconfig != 1 or page.photometric not in (2, 6):
             raise ValueError('not three 8-bit channels')
         how = dict(tables=page.jpegtables, outcolorspace='rgb')
-        if page.photometric == 2 and not page.is_jfif: how['colorspace'] = 'rgb'  # as Aperio writes it: RGB without a marker
+        if page.photometric == 2: how['colorspace'] = 'rgb'  # the tag decides, as in OpenSlide; Aperio writes RGB without a marker
         return np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64), (page.tilewidth, page.tilelength), how
 
 # %% ../nbs/02_slide.ipynb #b1f1001a
@@ -268,7 +286,9 @@ def decode(self:_NativeTiles,
     w, h = self.tile
     if not self.counts[i]: return np.full((h//k, w//k, 3), self.background, np.uint8)
     if into is None: into = _memory((h, w, 3))
-    out = imagecodecs.jpeg8_decode(os.pread(self.fd, int(self.counts[i]), int(self.offsets[i])), out=into, **self.how)
+    data = os.pread(self.fd, int(self.counts[i]), int(self.offsets[i]))
+    if not data.rstrip(b'\0').endswith(b'\xff\xd9'): raise ValueError('it ends too early')  # where libjpeg would make up the rest
+    out = imagecodecs.jpeg8_decode(data, out=into, **self.how)
     return out if k == 1 else cv2.resize(out, (w//k, h//k), interpolation=cv2.INTER_AREA)
 
 # %% ../nbs/02_slide.ipynb #610a7b0c
@@ -387,7 +407,7 @@ def fields(self:WholeSlide,
     threads:int=1,  # decoding threads
 ) -> np.ndarray:  # uint8 (N, size, size, 3)
     "Many fields as `read` gives them, in the order of `coords`, each JPEG tile decoded about once"
-    coords = np.asarray(coords, dtype=np.int64).reshape(-1, 2)
+    coords = np.rint(np.asarray(coords)).astype(np.int64).reshape(-1, 2)
     out = np.empty((len(coords), size, size, 3), np.uint8)
     if not len(coords): return out
     level = self._level_for(mpp)
@@ -441,8 +461,9 @@ def _slide_files(
     path:Path,  # slide file or folder
 ) -> list:  # every file the slide consists of, sorted
     "All files of a slide: itself, its MIRAX folder, its DICOM series, or what its VMS index names"
-    if path.is_dir(): files = [p for p in path.rglob('*') if p.is_file()]
-    elif path.suffix.lower() == '.mrxs': files = [path] + [p for p in path.with_suffix('').rglob('*') if p.is_file()]
+    inside = lambda folder: [p for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.')]
+    if path.is_dir(): files = list(path.glob('*.dcm')) or inside(path)  # a DICOMDIR or a thumbnail beside them is no part
+    elif path.suffix.lower() == '.mrxs': files = [path] + inside(path.with_suffix(''))
     elif path.suffix.lower() == '.dcm': files = list(path.parent.glob('*.dcm'))
     elif path.suffix.lower() in ('.vms', '.vmu'):
         named = re.findall(r'=(.+)', path.read_text(errors='replace'))
@@ -464,6 +485,7 @@ def slide_sha256(
     "SHA-256 of a slide: of its bytes, or of the sorted listing of its files and their hashes"
     path = Path(path)
     files = _slide_files(path)
+    if not files or not path.exists(): raise SlideError(f'{path}: no such slide, or an empty folder; check the path')
     if files == [path]: return _file_sha256(path)
     root = path if path.is_dir() else path.parent
     listing = ''.join(f'{p.relative_to(root).as_posix()}\0{_file_sha256(p)}\n' for p in files)

@@ -19,13 +19,13 @@ class StainError(ValueError):
 # %% ../nbs/04_stain.ipynb #bab04a24
 def _check(
     x:torch.Tensor, # should be (B,3,H,W), floats in [0,1]
-    strength:float=0., # should be finite and not negative
+    strength:float=0., # should be 0 to 100
 )->torch.Tensor: # the same images
     "Refuse what is not a batch of RGB images in [0,1]"
     if not isinstance(x, torch.Tensor) or not x.is_floating_point(): raise StainError(f'images are {getattr(x, "dtype", type(x).__name__)}; give a torch tensor of floats in [0,1]')
     if x.ndim != 4 or x.shape[1] != 3: raise StainError(f'images have shape {tuple(x.shape)}; give (B,3,H,W)')
     if x.numel() and not (x.amin() >= 0 and x.amax() <= 1): raise StainError(f'images run from {x.amin():.3g} to {x.amax():.3g}; give floats in [0,1], such as uint8 / 255')
-    if not 0 <= strength < math.inf: raise StainError(f'strength is {strength}; give 0 or more')
+    if not 0 <= strength <= 100: raise StainError(f'strength is {strength}; give 0 to 100, 1 is the usual')
     return x
 
 # %% ../nbs/04_stain.ipynb #c8ca395d
@@ -186,6 +186,7 @@ def _estimate(
     "The stain of some images, by torchstain"
     try: from torchstain import normalizers as ts
     except ImportError: raise StainError('normalisation needs torchstain; pip install torchstain') from None
+    if not _check(x).numel() or x.float().movedim(1, 0).flatten(1).std(1).max() < 1e-3: raise StainError('the images have one colour only; give images with both stains')
     fitted = (ts.MacenkoNormalizer if method == 'macenko' else ts.ReinhardNormalizer)(backend='torch')
     fitted.fit(_pixels(_check(x).float()))
     found, scale = (fitted.HERef, fitted.maxCRef) if method == 'macenko' else (fitted.target_means, fitted.target_stds)

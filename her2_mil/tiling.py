@@ -42,7 +42,8 @@ class TissueSpec:
     tint:float = 0.002  # a web of faint walls is more coloured than this in the mean over `net`: half a grey level
     neutral:float = 0.8  # absorption of the least absorbed colour over that of the most: ink, dust and shadow are above, tissue below
     edge:float = 0.5  # the outline runs where saturation falls to this part of its highest neighbour's; a faint wall ends at half of it
-    ink_hue:tuple = (60., 250.)  # degrees from yellow over green to blue; haematoxylin and eosin lie in 270-345
+    ink_hue:tuple = (60., 240.)  # degrees from yellow over green to blue; haematoxylin begins at 246, eosin ends at 345
+    dark:float = 0.1  # a value below this is no tissue: black that was filled in, in which JPEG leaves colours
     solid:float = 16.  # um: tissue thicker than twice this is solid, the rest a net
     close:float = 24.  # um: gaps in solid tissue up to twice this wide are bridged
     net:float = 48.  # um: gaps in a net up to twice this wide are bridged; fat cells are 50-100 um across
@@ -62,17 +63,18 @@ def _high_low(
 def _flat_pale(
     image:np.ndarray,  # uint8 (H, W, 3) at about 8 um/px
     spec:TissueSpec,  # constants
-) -> tuple:  # one uint8 (H, W): 0 not glass; 1 bright, pale and flat; 2 that, and exactly constant near-white; 4 more where a square of twice `net` is flat
-    "Pixels that can be glass"
-    k = np.ones((3, 3), np.uint8)
+) -> tuple:  # one uint8 (H, W), a sum of 1 bright, pale and flat; 2 filled in; 4 flat over a square of twice `net`
+    "Pixels that can be glass, and what the scanner filled in where it imaged nothing: exactly one grey, and JPEG's ripple around it"
+    k, cell = np.ones((3, 3), np.uint8), np.ones((2*round(spec.net/spec.mpp) + 1,)*2, np.uint8)
     span = lambda a: _high_low(cv2.subtract(cv2.dilate(a, k), cv2.erode(a, k)))[0]
     high, low = _high_low(image)
     most = np.floor(spec.glass_saturation*np.arange(256)).astype(np.uint8)
     pale = (high >= 255*spec.glass_value) & (cv2.subtract(high, low) <= cv2.LUT(high, most))
     flat = pale & (span(cv2.blur(image, (3, 3))) <= spec.glass_range)
     flat = cv2.morphologyEx(flat.astype(np.uint8), cv2.MORPH_OPEN, k)
-    wide = cv2.morphologyEx(flat, cv2.MORPH_OPEN, np.ones((2*round(spec.net/spec.mpp) + 1,)*2, np.uint8))
-    return ((flat << ((span(image) == 0) & (low >= 250))) + 4*wide,)
+    opened = lambda a: cv2.morphologyEx(a, cv2.MORPH_OPEN, cell)
+    filled = cv2.dilate(opened(((span(image) == 0) & (cv2.subtract(high, low) <= 1)).astype(np.uint8)), np.ones((9, 9), np.uint8))
+    return (flat + 2*filled + 4*opened(flat),)
 
 # %% ../nbs/03_tiling.ipynb #00c12ce7
 def _by_strips(
@@ -122,11 +124,13 @@ def _glass(
 ) -> tuple:  # float (n, 3) tones, most frequent first; uint8 (H, W) of `_flat_pale`
     "Tones of glass, and where it is flat"
     for loose, share in ((1, .01), (2, .1)):  # a noisy image may be less flat, if there is much of it
-        flat, = _by_strips(partial(_flat_pale, spec=replace(spec, glass_range=loose*spec.glass_range)), image, halo=3 + 2*round(spec.net/spec.mpp))
+        flat, = _by_strips(partial(_flat_pale, spec=replace(spec, glass_range=loose*spec.glass_range)), image, halo=9 + 2*round(spec.net/spec.mpp))
         k = max(1, int((flat.size/200_000)**.5))  # some 200,000 pixels tell the colour
-        few = flat[::k, ::k]
-        for px in (few == 5, few % 4 == 1, few > 0):  # rather what was imaged than what was filled in, and outside of fat cells
-            if px.sum() >= max(9, few.size*share): return _tones(image[::k, ::k][px], spec), flat
+        few, colours, n = flat[::k, ::k], image[::k, ::k], np.count_nonzero(flat[::k, ::k] & 2 == 0)
+        for px, of in ((few == 5, n), (few & 3 == 1, n), (few & 1 == 1, few.size)):  # imaged and outside of fat cells; imaged; any
+            if px.sum() < max(9, share*of): continue
+            tones, rest = _tones(colours[px], spec), (few & 3 == 3) & ~px
+            return (np.concatenate([tones, _tones(colours[rest], spec)]) if rest.sum() >= max(9, spec.glass_share*few.size) else tones), flat
     return _WHITE, flat
 
 def glass_colours(
@@ -150,7 +154,7 @@ def _most_glass(
     flat:np.ndarray,  # uint8 (H, W) of `_flat_pale`
 ) -> slice:  # 256 rows
     "The strip that holds the most glass: where its noise is measured"
-    y = 256*int(np.argmax([np.count_nonzero(flat[i:i+256]) for i in range(0, len(flat), 256)]))
+    y = 256*int(np.argmax([np.count_nonzero(flat[i:i+256] & 3 == 1) for i in range(0, len(flat), 256)]))
     return slice(y, y + 256)
 
 def _least_saturation(
@@ -161,7 +165,7 @@ def _least_saturation(
 ) -> np.ndarray:  # uint8 (256,): smallest saturation x 255 of stain, for each value
     "How saturated stain must be: beyond the glass's own noise, and not neutral"
     part, pale = (a[_most_glass(flat)] for a in (image, flat))
-    near = (pale > 0) & (_high_low(cv2.absdiff(part, np.rint((*glass, 0))))[0] <= spec.glass_spread)
+    near = (pale & 3 == 1) & (_high_low(cv2.absdiff(part, np.rint((*glass, 0))))[0] <= spec.glass_spread)
     own = _hsv_over_glass(cv2.GaussianBlur(part, (0, 0), spec.blur), glass)[1][near]
     middle, spread = _middle_spread(own) if len(own) else (0., 0.)
     lowest = np.clip(middle + spec.noise*max(spread, .5), 255*spec.saturation, 255*spec.noise_most)
@@ -184,7 +188,7 @@ def _stained(
     faint, core = np.ones((2, *image.shape[:2]), np.uint8)
     for glass, least in tones:
         H, S, V = _hsv_over_glass(soft, glass)
-        stain = (S > cv2.LUT(V, least)) & ((H < spec.ink_hue[0]/2) | (H > spec.ink_hue[1]/2))
+        stain = (V > 255*spec.dark) & (S > cv2.LUT(V, least)) & ((H < spec.ink_hue[0]/2) | (H > spec.ink_hue[1]/2))
         lit = lambda part, side: S >= cv2.LUT(cv2.dilate(S, np.ones((side, side), np.uint8)), np.rint(part*np.arange(256)).astype(np.uint8))
         faint &= stain & lit(spec.edge/2, 5)
         core &= stain & lit(spec.edge, 3)
@@ -209,10 +213,26 @@ def _least_pit(
 ) -> float:  # grey levels; 255, so that nothing passes, where no glass shows
     "How dark a wall must be: beyond what is found on glass"
     part, pale = (a[_most_glass(flat)] for a in (image, flat))
-    own = _pits(part, um, spec)[cv2.erode(pale, np.ones((3, 3), np.uint8)) > 0]
+    own = _pits(part, um, spec)[cv2.erode((pale & 3 == 1).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0]
     if len(own) < 9: return 255.
     middle, spread = _middle_spread(own)
     return middle + spec.noise*max(spread, .5)
+
+# %% ../nbs/03_tiling.ipynb #43d23523
+def _mean_tones(
+    image:np.ndarray,  # uint8 (H, W, 3) at about 8 um/px
+    flat:np.ndarray,  # uint8 (H, W) of `_flat_pale`
+    spec:TissueSpec,  # constants
+) -> np.ndarray:  # float (n, 3); n is 0 where no square is half glass
+    "Tones of glass in the mean over squares of twice `net`, between which JPEG's blocks do not scatter it"
+    k = 2*round(spec.net/spec.mpp)
+    h, w = (v//k for v in flat.shape)
+    sums = lambda a: a[:h*k, :w*k].reshape(h, k, w, k).sum((1, 3), dtype=np.int64)
+    clear = (flat & 6 == 4).astype(np.uint8)  # imaged, and outside of fat cells
+    n = sums(clear)
+    half = n >= k*k/2
+    if not half.any(): return np.empty((0, 3))
+    return _tones(np.rint(np.stack([sums(c*clear)[half]/n[half] for c in cv2.split(image)], 1)), spec)
 
 # %% ../nbs/03_tiling.ipynb #6e4fbb91
 def _around(
@@ -226,7 +246,7 @@ def _around(
 def _tinted(
     image:np.ndarray,  # uint8 (H, W, 3), or a strip of it
     solid:np.ndarray,  # bool (H, W) solid tissue and its fringe
-    tones:list,  # pairs of a glass tone and its `_least_saturation`
+    tones:np.ndarray,  # float (n, 3) of `_mean_tones`
     um:float,  # um/px
     spec:TissueSpec,  # constants
 ) -> np.ndarray:  # bool, a value for each 4 x 4 px
@@ -234,7 +254,7 @@ def _tinted(
     clear = (~solid).astype(np.uint8)
     mean = np.dstack([_around(c*clear, spec.net, um) for c in cv2.split(image)])/np.maximum(_around(clear, spec.net, um), 1e-6)[..., None]
     out = np.ones(mean.shape[:2], bool)
-    for glass, _ in tones:
+    for glass in tones:
         H, S, V = cv2.split(cv2.cvtColor(np.minimum(mean/glass.astype(np.float32), 1), cv2.COLOR_RGB2HSV))
         hue = (S < spec.saturation) | (H < spec.ink_hue[0]) | (H > spec.ink_hue[1])
         out &= (S > spec.tint) & (S > 1 - V**(1/spec.neutral - 1)) & hue
@@ -244,7 +264,7 @@ def _tinted(
 def _webbed(
     image:np.ndarray,  # uint8 (H, W, 3), or a strip of it
     solid:np.ndarray,  # bool (H, W) solid tissue and its fringe
-    tones:list,  # pairs of a glass tone and its `_least_saturation`
+    tones:np.ndarray,  # float (n, 3) of `_mean_tones`
     least:float,  # of `_least_pit`
     um:float,  # um/px
     spec:TissueSpec,  # constants
@@ -289,6 +309,7 @@ def _keep_large(
 def _joined(
     image:np.ndarray,  # uint8 (H, W, 3), or a strip of it
     tones:list,  # pairs of a glass tone and its `_least_saturation`
+    means:np.ndarray,  # float (n, 3) of `_mean_tones`
     least:float,  # of `_least_pit`
     um:float,  # um/px
     spec:TissueSpec,  # constants
@@ -297,7 +318,7 @@ def _joined(
     net, mask = _stained(image, tones, spec)
     opened = lambda m, radius: cv2.morphologyEx(m, cv2.MORPH_OPEN, _disc(radius, um))
     fringe = cv2.dilate(opened(mask, spec.solid), _disc(spec.solid, um)) > 0
-    web = _webbed(image, fringe, tones, least, um, spec)
+    web = _webbed(image, fringe, means, least, um, spec)
     net[fringe] = 0
     web[fringe] = 0
     mask = _close(mask, spec.close, um) | _close(net, spec.net, um) | opened(_close(web | net, spec.net, um), spec.web)
@@ -315,11 +336,13 @@ def tissue_mask(
     H, W = image.shape[:2]
     f = max(1., spec.mpp/mpp)
     small = cv2.resize(image, (max(1, round(W/f)), max(1, round(H/f))), interpolation=cv2.INTER_AREA) if f > 1 else image
-    um = mpp*H/small.shape[0]
+    um = spec.mpp if f > 1 else mpp
     tones, flat = _glass(small, spec)
+    means = _mean_tones(small, flat, spec)
+    if not len(means): means = tones
     tones, least = [(t, _least_saturation(small, t, flat, spec)) for t in tones], _least_pit(small, flat, um, spec)
     del flat  # at 100,000 px each array is 10 MB
-    joined = partial(_joined, tones=tones, least=least, um=um, spec=spec)
+    joined = partial(_joined, tones=tones, means=means, least=least, um=um, spec=spec)
     mask, = _by_strips(joined, small, rows=192, halo=12*max(1, round(spec.net/um)))
     del image, small, joined  # 30 MB, where the caller keeps none
     mask = 1 - _keep_large(1 - mask, spec.min_hole/um**2)
@@ -353,6 +376,11 @@ class TileSpec:
     min_tissue:float = 0.5  # smallest fraction of a patch's area that is tissue
     min_focus:float = 0.  # smallest variance of the Laplacian of green, grey levels squared; 0: not measured
     tissue:TissueSpec = TissueSpec()  # constants of the mask
+    def __post_init__(self):  # equal values, equal JSON: 0. and numpy's 0 become 0
+        for name, kind, least, most in [('patch', int, 1, 2**15), ('mpp', float, .01, 1000), ('overlap', int, 0, self.patch - 1), ('min_tissue', float, 0, 1), ('min_focus', float, 0, 1e9)]:
+            v = getattr(self, name)
+            if not (least <= v <= most and kind(v) == v): raise SlideError(f'TileSpec: {name} is {v}; give {"a whole number" if kind is int else "a number"} from {least:g} to {most:g}')
+            object.__setattr__(self, name, kind(v))
 
 # %% ../nbs/03_tiling.ipynb #2404cae4
 @patch
@@ -436,7 +464,7 @@ def tile_slide(
     x, y = (_origins(slide.size[a], patch[a], stride[a]) for a in (0, 1))
     k = np.array(slide.mpp)/m  # mask px per level-0 px
     found = _box_means(mask, x*k[0], (x + patch[0])*k[0], y*k[1], (y + patch[1])*k[1])
-    j, i = np.nonzero(found >= spec.min_tissue - 1e-9)
+    j, i = np.nonzero((found >= spec.min_tissue - 1e-9) & (found > 0))
     if spec.min_focus and len(i):
         keep = _focus(slide, np.stack([x[i], y[j]], 1), spec) >= spec.min_focus
         i, j = i[keep], j[keep]
@@ -447,6 +475,14 @@ def tile_slide(
                          (f' in focus above {spec.min_focus:g}' if spec.min_focus else '') + '; check the slide, or lower min_tissue')
     return TileGrid(np.stack([x[i], y[j]], 1), spec, mask, m, int(round(patch[0])), slide.size, found[j, i])
 
+# %% ../nbs/03_tiling.ipynb #726bdf34
+def _polygons(
+    geometry,  # shapely geometry
+) -> list:  # shapely Polygons
+    "The polygons of any geometry; lines and points have no area"
+    parts = [p for g in getattr(geometry, 'geoms', [geometry]) for p in getattr(g, 'geoms', [g])]
+    return [p for p in parts if p.geom_type == 'Polygon' and not p.is_empty]
+
 # %% ../nbs/03_tiling.ipynb #990c5cb4
 def _rasterise(
     roi,  # shapely geometry, level-0 px
@@ -455,9 +491,12 @@ def _rasterise(
 ) -> np.ndarray:  # bool (h, w)
     "Polygons with holes as a mask"
     out = np.zeros(size, np.uint8)
-    for polygon in getattr(roi, 'geoms', [roi]):
+    field = shapely.box(-2, -2, *np.array(size[::-1])/scale + 2)  # rasters know no coordinates of 1e12
+    for polygon in _polygons(shapely.intersection(shapely.make_valid(shapely.force_2d(roi)), field)):
+        one = np.zeros(size, np.uint8)  # by itself: an island may lie in another's hole
         for ring, value in [(polygon.exterior, 1)] + [(r, 0) for r in polygon.interiors]:
-            cv2.fillPoly(out, [np.rint(np.asarray(ring.coords)[:, :2]*scale - .5).astype(np.int32)], value)
+            cv2.fillPoly(one, [np.rint(np.asarray(ring.coords)*scale - .5).astype(np.int32)], value)
+        out |= one
     return out > 0
 
 # %% ../nbs/03_tiling.ipynb #724eec78
@@ -480,15 +519,16 @@ def read_roi(
     try:
         data = json.loads(path.read_text(encoding='utf-8-sig'))
         features = data.get('features', [data]) if isinstance(data, dict) else data
-        parts = [(_class_name(f), shapely.make_valid(shape(f['geometry']))) for f in features
-                 if f['geometry']['type'] in ('Polygon', 'MultiPolygon')]
+        found = [(_class_name(f), f if 'coordinates' in f else f.get('geometry')) for f in features]
+        parts = [(c, shapely.union_all(_polygons(shapely.make_valid(shape(g))))) for c, g in found if g]
+        parts = [(c, g) for c, g in parts if not g.is_empty]  # lines and points have no area
     except Exception as e: raise SlideError(f'{path.name}: not a GeoJSON of polygons ({type(e).__name__}); export the annotations from QuPath as GeoJSON') from None
     taken = shapely.union_all([g for c, g in parts if classes is None or c in classes])
     roi = taken - shapely.union_all([g for c, g in parts if c in exclude])
-    if roi.is_empty:
+    if not roi.area:
         raise SlideError(f"{path.name}: no polygon of class {', '.join(classes or ['any'])}; the file has "
                          f"{', '.join(sorted({c or 'unclassified' for c, _ in parts})) or 'none'}; name one of these in classes")
-    return shapely.union_all([g for g in getattr(roi, 'geoms', [roi]) if g.geom_type in ('Polygon', 'MultiPolygon')])
+    return shapely.union_all(_polygons(roi))
 
 # %% ../nbs/03_tiling.ipynb #189a148b
 def read_patches(
@@ -514,7 +554,7 @@ def sample_bag(
     rng = np.random.default_rng(seed)
     if how == 'uniform': return np.sort(rng.choice(n, size, replace=False))
     if coords is None or len(coords) != n: raise ValueError(f"how='stratified' needs the coords of all {n} patches")
-    groups = np.array_split(_curve_order(np.asarray(coords)), size)
+    groups = np.array_split(_curve_order(np.rint(coords).astype(np.int64)), size)
     return np.sort([rng.choice(g) for g in groups])
 
 # %% ../nbs/03_tiling.ipynb #ac0a4a11
@@ -544,6 +584,7 @@ def write_coords(
 ):  # the path
     "Coordinates in TRIDENT's layout, written under a temporary name and renamed"
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     power = slide.properties.get('openslide.objective-power')
     attrs = dict(patch_size=grid.spec.patch, patch_size_level0=grid.patch_size_level0, overlap=grid.spec.overlap, name=slide.name,
@@ -561,8 +602,11 @@ def read_coords(
 ) -> tuple:  # int64 (N, 2) level-0 top-left; dict of attributes
     "Coordinates and their attributes"
     try:
-        with h5py.File(path) as f: return f['coords'][:].reshape(-1, 2).astype(np.int64), {**f.attrs, **f['coords'].attrs}
-    except (OSError, KeyError) as e: raise SlideError(f'{path}: no HDF5 file with a dataset coords ({type(e).__name__}); check the path') from None
+        with h5py.File(path) as f: coords, attrs = f['coords'][()], {**f.attrs, **f['coords'].attrs}
+        if coords.ndim != 2 or coords.shape[1] != 2 or not np.isfinite(coords).all(): raise ValueError(f'shape {coords.shape}')
+        return coords.astype(np.int64), attrs
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as e:
+        raise SlideError(f'{path}: no HDF5 file with a dataset coords of (N, 2) numbers ({e}); check the path') from None
 
 # %% ../nbs/03_tiling.ipynb #dd06477a
 def _survey_one(
