@@ -9,6 +9,7 @@ __all__ = ['SCORES', 'ManifestError', 'read_manifest', 'write_manifest', 'her2_s
 # %% ../nbs/00_cohort.ipynb #8f2e0a54
 import csv, io, os, re, warnings
 from difflib import get_close_matches
+from itertools import combinations
 from pathlib import Path
 import numpy as np, pandas as pd
 from matplotlib import colormaps
@@ -200,15 +201,15 @@ def _frame(
     "The file as a table of text, columns in the contract's order"
     header, rows, number, sep = _rows(_text(path), path.name)
     names = _header([(rename or {}).get(h.lower(), h) for h in header], required, path.name)
-    n, length = len(names), np.array([len(r) for r in rows], int)
-    bad = [(int(number[i]), '(whole row)', sep.join(rows[i]), f'{length[i]} cells under {n} columns; put a cell that holds {_brief(sep)} in quotes')
-           for i in np.flatnonzero(length > n)]
-    full = [r if len(r) == n else r + [''] * (n - len(r)) for r in rows if len(r) <= n]
+    n = len(names)
+    bad = [(int(i), '(whole row)', sep.join(r), f'{len(r)} cells under {n} columns; put a cell that holds {_brief(sep)} in quotes')
+           for i, r in zip(number, rows) if any(map(str.strip, r[n:]))]
+    full = [r if len(r) == n else r[:n] + [''] * (n - len(r)) for r in rows]
     df = pd.DataFrame(full, columns=names, dtype=object)
     if sep != ',' and 'mpp' in names: df['mpp'] = df['mpp'].str.replace(',', '.')
     df = df[[c for c in names if c in _COLUMNS]].reindex(columns=list(_COLUMNS), fill_value='')
     df.attrs['ignored'] = [c for c in names if c and c not in _COLUMNS]
-    return df, number[length <= n], bad
+    return df, number, bad
 
 # %% ../nbs/00_cohort.ipynb #b86526ca
 def _parse(
@@ -232,7 +233,8 @@ def _conflicts(
     "Rows whose patient has another value in an earlier row"
     ok = df[(df['patient_id'].fillna('') != '') & (df[column].fillna('') != '')]
     first = ok.groupby('patient_id')[column].transform('first')
-    return [(i, column, ok[column][i], f'patient {ok["patient_id"][i]} has {first[i]} in an earlier row; {remedy}') for i in ok.index[first != ok[column]]]
+    rows = ok.assign(first=first)[first != ok[column]]
+    return [(i, column, v, f'patient {p} has {f} in an earlier row; {remedy}') for i, v, p, f in zip(rows.index, rows[column], rows['patient_id'], rows['first'])]
 
 # %% ../nbs/00_cohort.ipynb #95c94662
 def _together(
@@ -264,9 +266,10 @@ def _warn(
             v = seen[c][twice].iloc[0]
             who = ', '.join(seen['patient_id'][seen[c] == v].head(3))
             warnings.warn(f'{name}: {c} {_brief(v)} is given to patients {who}; folds cannot keep it on one side', stacklevel=4)
-    if (same := df['slide_id'].str.lower().duplicated(keep=False)).any():
-        ids = ' and '.join(sorted(df['slide_id'][same], key=str.lower)[:2])
-        warnings.warn(f'{name}: slide_id {ids} differ only in case; on some disks their files overwrite each other', stacklevel=4)
+    for c, why in (('slide_id', 'on some disks their files overwrite each other'), ('patient_id', 'they are two patients unless spelled alike'), ('site', 'they are two sites unless spelled alike')):
+        different = pd.Series(df[c].unique())
+        if (same := different[different.str.lower().duplicated(keep=False)]).size:
+            warnings.warn(f'{name}: {c} {" and ".join(sorted(same, key=str.lower)[:2])} differ only in case; {why}', stacklevel=4)
 
 # %% ../nbs/00_cohort.ipynb #d659599b
 def _validate(
@@ -284,7 +287,8 @@ def _validate(
     cols, found = {}, []
     for c in _COLUMNS:
         cols[c], wrong = _parse(raw[c], (lambda t: _score(t, known)) if c == 'her2_score' else _RULES.get(c, str))
-        found += [(i, c, raw[c].iloc[i], why) for i, why in wrong]
+        texts = raw[c].to_numpy()
+        found += [(i, c, texts[i], why) for i, why in wrong]
     df = pd.DataFrame(cols)
     found += _together(df, required, number, allow_conflicts)
     bad = sorted([*bad, *((int(number[i]), *rest) for i, *rest in found)], key=lambda b: b[0])
@@ -431,12 +435,14 @@ def patient_folds(
     "Folds disjoint by patient (and by site), with each score as evenly in them as can be"
     patients = _patients(cohort)
     n = patients['y'].value_counts().sort_index()
-    if n_folds < 2: raise ManifestError(f'n_folds is {n_folds}; at least 2 are needed')
+    if n_folds % 1 or n_folds < 2: raise ManifestError(f'n_folds is {n_folds}; give a whole number of at least 2')
+    n_folds = int(n_folds)
     if patients.empty: raise ManifestError('the cohort has no patient outside `external`; folds need some')
     if -1 in n: raise ManifestError(f'{n[-1]} of {len(patients)} patients have no score; folds need one for each')
     if n.min() < n_folds:
+        remedy = f'take at most {n.min()} folds or add patients' if n.min() > 1 else 'at least two patients of each score are needed, add some'
         have = ', '.join(f'{SCORES[s]}: {c}' for s, c in n.items())
-        raise ManifestError(f'{n_folds} folds need {n_folds} patients of each score, the cohort has {have}; take at most {n.min()} folds or add patients')
+        raise ManifestError(f'{n_folds} folds need {n_folds} patients of each score, the cohort has {have}; {remedy}')
     rng = np.random.default_rng(seed)
     fold = _by_site(cohort, patients, n_folds, rng) if by_site else _deal(patients, n_folds, rng)
     return cohort['patient_id'].map(fold).fillna(-1).to_numpy('int64')
@@ -468,26 +474,64 @@ def plot_folds(
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 
+# %% ../nbs/00_cohort.ipynb #edd69206
+def _clam_labels(
+    cohort:pd.DataFrame, # as `read_manifest` returns it
+)->pd.DataFrame: # case_id, slide_id, label, and cohort where there is one; slides with a score only
+    "Labels as CLAM reads them, without ids that it would misread"
+    scored = cohort[cohort['y'] >= 0].reset_index(drop=True)
+    labels = pd.DataFrame({'case_id': scored['patient_id'], 'slide_id': scored['slide_id'], 'label': [SCORES[y] for y in scored['y']]})
+    if 'cohort' in scored: labels['cohort'] = scored['cohort']
+    misread = pd.read_csv(io.StringIO(labels.to_csv(index=False))).astype(str) != labels
+    misread['slide_id'] |= labels['slide_id'].str.isdigit()
+    if (lost := labels.to_numpy()[misread]).size: raise ManifestError(f'CLAM would misread {lost.size} ids such as {_brief(lost[0])}; put a letter before them')
+    return labels
+
+# %% ../nbs/00_cohort.ipynb #f86b5559
+def _clam_splits(
+    folder:Path, # where `splits_*.csv` are
+)->list: # (number, file) in order
+    "The split files of a folder, CLAM's `splits_0_bool.csv` and the like left out"
+    return sorted((int(m[1]), p) for p in folder.glob('splits_*.csv') if (m := re.fullmatch(r'splits_(0|[1-9][0-9]*)\.csv', p.name)))
+
 # %% ../nbs/00_cohort.ipynb #56d2b6ad
 def to_clam(
     cohort:pd.DataFrame, # as `read_manifest` returns it
-    folds:np.ndarray, # fold of each row, -1 for rows in no split
+    folds:np.ndarray, # fold of each row, -1 for rows in no split; slides without a score are in none
     folder, # where `labels.csv` and `splits_*.csv` go: str or Path
 )->Path: # the folder
     "Write labels and splits as CLAM reads them; fold k is tested in split k, the next one validates"
-    folder, folds, n = Path(folder), np.asarray(folds), int(np.max(folds)) + 1
-    scored = cohort[cohort['y'] >= 0]
-    labels = pd.DataFrame({'case_id': scored['patient_id'], 'slide_id': scored['slide_id'], 'label': [SCORES[y] for y in scored['y']]})
-    again = pd.read_csv(io.StringIO(labels.to_csv(index=False))).astype(str)
-    if (lost := labels[(again.to_numpy() != labels.to_numpy()).any(1)]).size:
-        raise ManifestError(f'CLAM would misread {len(lost)} ids such as {_brief(lost["slide_id"].iloc[0])}; put a letter before them')
+    folder, folds, labels = Path(folder), np.asarray(folds), _clam_labels(cohort)
+    if folds.shape != (len(cohort),): raise ManifestError(f'folds has shape {folds.shape} for {len(cohort)} slides; give one fold for each row of the cohort')
+    folds = np.where(cohort['y'] < 0, -1, folds)
+    n = folds.max() + 1
     folder.mkdir(parents=True, exist_ok=True)
     labels.to_csv(folder/'labels.csv', index=False)
+    for k, path in _clam_splits(folder):
+        if k >= n: path.unlink()
     for k in range(n):
         val = (folds == (k + 1) % n) & (n > 2)
         parts = {'train': (folds >= 0) & (folds != k) & ~val, 'val': val, 'test': folds == k}
         pd.DataFrame({c: cohort['slide_id'][m].reset_index(drop=True) for c, m in parts.items()}).to_csv(folder/f'splits_{k}.csv')
     return folder
+
+# %% ../nbs/00_cohort.ipynb #da2dd7fa
+def _clam_split(
+    cohort:pd.DataFrame, # with `slide_id` and `patient_id`
+    path:Path, # a file with columns train, test, and val if there is one
+)->dict: # slides of each column (sets)
+    "One split, checked to have each patient on one side"
+    header, rows, _, _ = _rows(_text(path), path.name)
+    if missing := [c for c in ('train', 'test') if c not in header]: raise ManifestError(f'{path.name}: has no column {missing[0]}; columns are train, val, test')
+    slide = {f'{s}.0': s for s in cohort['slide_id'] if s.isdigit()} | {s: s for s in cohort['slide_id']}  # pandas writes 7 as 7.0 in a column with gaps
+    ids = {c: {r[i].strip() for r in rows if i < len(r)} - {''} for i, c in enumerate(header) if c in ('train', 'val', 'test')}
+    if new := sorted(set.union(*ids.values()) - set(slide)): raise ManifestError(f'{path.name}: slide {_brief(new[0])} is not in the labels; add it there')
+    ids = {c: {slide[s] for s in v} for c, v in ids.items()}
+    for of in ('slide_id', 'patient_id'):
+        for a, b in combinations(ids, 2):
+            if both := sorted(set.intersection(*(set(cohort[of][cohort['slide_id'].isin(ids[c])]) for c in (a, b)))):
+                raise ManifestError(f'{path.name}: {of} {both[0]} is in {a} and in {b}; put all slides of a patient in one of them')
+    return ids
 
 # %% ../nbs/00_cohort.ipynb #274f6faf
 def _clam_folds(
@@ -495,21 +539,17 @@ def _clam_folds(
     folder:Path, # where `splits_*.csv` are
 )->np.ndarray: # fold of each row (int64), -1 for slides in no test set
     "The split in which each slide is tested"
-    found = sorted((int(m[1]), p) for p in folder.glob('splits_*.csv') if (m := re.fullmatch(r'splits_(\d+)\.csv', p.name)))
-    if not found: raise ManifestError(f'{folder.name}: holds no splits_0.csv; give the folder of CLAM splits')
-    fold = pd.Series(-1, cohort['slide_id'])
+    if not (found := _clam_splits(folder)): raise ManifestError(f'{folder.name}: holds no splits_0.csv; give the folder of CLAM splits')
+    fold, trained = pd.Series(-1, cohort['slide_id']), {}
     for k, (_, path) in enumerate(found):
-        header, rows, _, _ = _rows(_text(path), path.name)
-        if 'test' not in header: raise ManifestError(f'{path.name}: has no column test; columns are train, val, test')
-        ids = {c: {r[i].strip() for r in rows if i < len(r)} - {''} for i, c in enumerate(header) if c in ('train', 'val', 'test')}
-        if new := sorted(set.union(*ids.values()) - set(fold.index)):
-            raise ManifestError(f'{path.name}: slide {_brief(new[0])} is not in the labels; add it there')
-        if both := sorted(ids['test'] & ids.get('train', set())):
-            raise ManifestError(f'{path.name}: slide {both[0]} is in train and in test; keep one')
+        ids = _clam_split(cohort, path)
+        trained = dict.fromkeys(sorted(ids['train']), path.name) | trained
         test = sorted(ids['test'])
         if (twice := fold[test][fold[test] >= 0]).size:
             raise ManifestError(f'{path.name}: slide {twice.index[0]} is tested in an earlier split too; these are random splits, not folds')
         fold[test] = k
+    if never := [s for s in trained if fold[s] < 0]:
+        raise ManifestError(f'{trained[never[0]]}: slide {never[0]} is in train and in no split in test; add the missing splits, or leave it out')
     return fold.to_numpy('int64')
 
 # %% ../nbs/00_cohort.ipynb #0e600ae6
@@ -523,10 +563,13 @@ def from_clam(
     "Read CLAM labels, and CLAM splits if they are folds"
     path = Path(labels)
     raw, number, bad = _frame(path, ('slide_id', 'patient_id', 'her2_score'), {'case_id': 'patient_id', 'label': 'her2_score'})
-    raw['uri'] = [uri.format(slide_id=s.strip()) for s in raw['slide_id']]
+    if not re.fullmatch(r'[^{}]*(\{slide_id\}[^{}]*)+', uri): raise ManifestError(f"uri {_brief(uri)} does not lead from an id to a slide; give a pattern such as 'slides/{{slide_id}}.svs'")
+    raw['uri'] = [uri.replace('{slide_id}', s.strip()) for s in raw['slide_id']]
     cohort = _validate(raw, number, bad, path, _REQUIRED, score_map, allow_conflicts)
     if splits is None: return cohort, None
     folds = _clam_folds(cohort, Path(splits))
+    if (out := cohort['slide_id'][(cohort['cohort'] == 'external') & (folds >= 0)]).size:
+        raise ManifestError(f'{Path(splits).name}: slide {out.iloc[0]} is external and is tested in a split; leave it out of the splits, or call it main in {path.name}')
     if (n := pd.Series(folds)[folds >= 0].groupby(cohort['patient_id']).nunique()).gt(1).any():
         raise ManifestError(f'{Path(splits).name}: patient {n[n > 1].index[0]} is tested in two splits; folds must keep patients whole')
     return cohort, folds

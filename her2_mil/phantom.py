@@ -157,14 +157,22 @@ NUISANCE = pd.DataFrame([
     ('noise',           'grey', '0.5 to 1.5', 'SD of the sensor; our choice')], columns=['parameter', 'unit', 'range', 'note']).set_index('parameter')
 
 # %% ../nbs/01_phantom.ipynb #88a44f27
+_LIMITS = dict(effect=(-10, 10), mpp=(.05, 20), label_noise=(0, 1), source_texture=(0, 2**32-1), source_mpp=(.05, 20), ihc_carries=(0, 1))
+
 def _check(score, seed, world):
     "Refuse what cannot be rendered, in one sentence."
     if score not in range(4): raise PhantomError(f'phantom score {score!r}: it must be 0, 1, 2 or 3')
     if int(seed) != seed or seed < 0: raise PhantomError(f'phantom seed {seed!r}: it must be an integer of at least 0')
-    if world.site and world.site not in SITES: raise PhantomError(f'phantom site {world.site!r}: known are {", ".join(SITES)}')
+    for name in ('site', 'source_site'):
+        if getattr(world, name) not in ('', *SITES): raise PhantomError(f'phantom {name} {getattr(world, name)!r}: known are {", ".join(SITES)}')
+    if world.source_task not in ('tumour', 'fibrosis'): raise PhantomError(f'phantom source_task {world.source_task!r}: known are tumour, fibrosis')
     unknown = set(filter(None, world.defects.split('+')))-set(DEFECTS)
     if unknown: raise PhantomError(f'phantom defect {", ".join(sorted(unknown))}: known are {", ".join(DEFECTS)}')
-    if min(world.size) < 200: raise PhantomError(f'phantom size {world.size} um: a slide needs at least 200 um each way')
+    for name, (low, high) in _LIMITS.items():
+        v = getattr(world, name)
+        if v is not None and not low <= v <= high: raise PhantomError(f'phantom {name} {v!r}: it must be from {low} to {high}')
+    if len(world.size) != 2 or not all(200 <= s < np.inf for s in world.size):
+        raise PhantomError(f'phantom size {world.size} um: a slide needs a width and a height of at least 200 um')
 
 def _draw(score, seed, world):
     "Parameters of one slide: morphology of bearing clones, of the rest, nuisance."

@@ -6,6 +6,7 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from her2_mil.cohort import SCORES, ManifestError, _RULES, _cell, from_clam, patient_folds, read_manifest, to_clam, write_manifest
+from her2_mil.slide import SlideError, fetch_slide
 
 quick = settings(max_examples=int(os.environ.get('HYPOTHESIS_EXAMPLES', 25)), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 HEADER = ['slide_id', 'patient_id', 'her2_score', 'uri', 'sha256', 'mpp', 'cohort', 'ish', 'roi', 'site']
@@ -185,3 +186,69 @@ def test_clam_and_back(case):
             assert sum(map(len, parts)) == len(set.union(*parts)) == (folds >= 0).sum()
     assert cohort['slide_id'].tolist() == df['slide_id'].tolist() and cohort['y'].tolist() == df['y'].tolist()
     assert (again == folds).all()
+    assert cohort['cohort'].tolist() == df['cohort'].tolist(), 'external slides come back as main'
+    assert (patient_folds(cohort, n_folds, seed) == folds).all()
+
+
+CLAM = 'case_id,slide_id,label\np,a,0\np,b,0\nq,c,3+\nr,d,0\n'
+
+
+@pytest.mark.parametrize('splits, why', [
+    (['a,,b', 'c,,a'], 'splits_0.csv: patient_id p is in train and in test'), (['c,a,b'], 'splits_0.csv: patient_id p is in val and in test'),
+    (['a,b,c'], 'splits_0.csv: patient_id p is in train and in val'), (['a,a,c'], 'splits_0.csv: slide_id a is in train and in val'),
+    (['a,c,c'], 'splits_0.csv: slide_id c is in val and in test'), (['a,c,d', 'd,a,c'], 'splits_0.csv: slide a is in train and in no split in test'),
+    (['a,,c', 'c,,a', 'c,,b'], 'patient p is tested in two splits')])
+def test_splits_that_are_no_folds_are_refused(tmp_path, splits, why):
+    (tmp_path/'labels.csv').write_text(CLAM)
+    for k, s in enumerate(splits): (tmp_path/f'splits_{k}.csv').write_text(f',train,val,test\n0,{s}\n')
+    with pytest.raises(ManifestError, match=why): from_clam(tmp_path/'labels.csv', tmp_path)
+
+
+def test_whole_numbers_that_pandas_wrote_with_a_point(tmp_path):
+    (tmp_path/'labels.csv').write_text('case_id,slide_id,label\np,0,0\nq,1,3+\nr,2,1+\n')
+    (tmp_path/'splits_0.csv').write_text(',train,val,test\n0,2,,0.0\n1,,,1.0\n')
+    (tmp_path/'splits_1.csv').write_text(',train,val,test\n0,0,,2.0\n1,1,,\n')
+    assert from_clam(tmp_path/'labels.csv', tmp_path)[1].tolist() == [0, 0, 1]
+
+
+def test_surplus_cells_hide_no_other_problem():
+    head = 'slide_id,patient_id,her2_score,uri\n'
+    with pytest.raises(ManifestError) as e: read(head + 'a,p,9,../x,surplus\nb,q,0,b.svs,, \n')
+    assert [(r, c) for r, c, *_ in e.value.problems] == [(2, '(whole row)'), (2, 'her2_score'), (2, 'uri')]
+    assert read(head + 'a,p,0,a.svs,,\nb,q,0,b.svs, \n')['uri'].tolist() == ['a.svs', 'b.svs']
+
+
+def test_an_external_slide_in_a_split_is_refused(tmp_path):
+    (tmp_path/'labels.csv').write_text('case_id,slide_id,label,cohort\np,a,0,\nq,b,0,external\n')
+    for k, s in enumerate(['a,,b', 'b,,a']): (tmp_path/f'splits_{k}.csv').write_text(f',train,val,test\n0,{s}\n')
+    with pytest.raises(ManifestError, match='slide b is external'): from_clam(tmp_path/'labels.csv', tmp_path)
+
+
+def test_links_inside_the_folder_are_followed(tmp_path):
+    study, data = tmp_path/'study', tmp_path/'data'
+    study.mkdir(), data.mkdir()
+    (data/'a.svs').write_bytes(b'pixels')
+    (study/'slides').symlink_to(data, target_is_directory=True)
+    (study/'m.csv').write_text('slide_id,patient_id,her2_score,uri,roi\na,p,0,slides/a.svs,slides/a.geojson\n')
+    df = read_manifest(study/'m.csv')
+    assert fetch_slide(df['uri'][0], df.attrs['root']).resolve() == (data/'a.svs').resolve()
+    assert df['roi'][0] == 'slides/a.geojson'
+
+
+@pytest.mark.parametrize('field', ['colour=2', 'site=Z', 'mpp=nan', 'mpp=0', 'effect=inf', 'size=400x-1', 'label_noise=1.5', 'source_task=none'])
+def test_a_bad_phantom_is_refused_in_a_sentence_before_it_is_drawn(tmp_path, field):
+    df = read('slide_id,patient_id,her2_score,uri\n' + f'a,p,1+,phantom:score=1;seed=1;{field}\n')
+    with pytest.raises(SlideError, match=field.split('=')[0]): fetch_slide(df['uri'][0], cache=tmp_path)
+    assert not [*tmp_path.rglob('*.tif*')]
+
+
+def test_clam_gets_no_slide_without_a_score_and_no_id_it_would_misread(tmp_path):
+    df = read(table(good_rows(16)))
+    folds = patient_folds(df, 2)
+    to_clam(df.assign(y=df['y'].where(df['slide_id'] != 's3', -1)), folds, tmp_path)
+    cohort, again = from_clam(tmp_path/'labels.csv', tmp_path)
+    assert cohort['slide_id'].tolist() == [s for s in df['slide_id'] if s != 's3'] and again.tolist() == folds[df['slide_id'] != 's3'].tolist()
+    for column, bad in (('slide_id', ['17', '007', 'NA']), ('patient_id', ['007', 'NA'])):
+        for v in bad:
+            ids = [v] * len(df) if v.isdigit() and column == 'patient_id' else [v, *df[column][1:]]
+            with pytest.raises(ManifestError, match=f"such as '{v}'"): to_clam(df.assign(**{column: ids}), folds, tmp_path)
