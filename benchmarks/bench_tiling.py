@@ -83,13 +83,15 @@ def _timed(f):
     return time.perf_counter() - t, out
 
 
-def _reading(name, path, coords, spec, repeats=3):
+def _reading(name, path, coords, spec, repeats=5):
+    "Ours against the usual way, 128 patches a call"
     cv2.setNumThreads(1)
+    batches = [coords[i:i+128] for i in range(0, len(coords), 128)]
     with WholeSlide(path) as s:
         mpp, pairs = s.mpp[0], []
         for _ in range(repeats):
-            a, ours = _timed(lambda: read_patches(s, coords, spec))
-            b, theirs = _timed(lambda: _usual(path, coords, spec, mpp))
+            a, ours = _timed(lambda: [read_patches(s, c, spec) for c in batches][0])
+            b, _ = _timed(lambda: [_usual(path, c, spec, mpp) for c in batches][0])
             pairs.append((len(coords)/a, len(coords)/b))
         exact = np.stack([s.read(*c.tolist(), spec.patch, spec.mpp) for c in coords[:50]])
     error = np.abs(ours[:50].astype(int) - exact).mean()

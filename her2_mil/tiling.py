@@ -226,13 +226,13 @@ def _mean_tones(
 ) -> np.ndarray:  # float (n, 3); n is 0 where no square is half glass
     "Tones of glass in the mean over squares of twice `net`, between which JPEG's blocks do not scatter it"
     k = 2*round(spec.net/spec.mpp)
-    h, w = (v//k for v in flat.shape)
-    sums = lambda a: a[:h*k, :w*k].reshape(h, k, w, k).sum((1, 3), dtype=np.int64)
-    clear = (flat & 6 == 4).astype(np.uint8)  # imaged, and outside of fat cells
-    n = sums(clear)
-    half = n >= k*k/2
-    if not half.any(): return np.empty((0, 3))
-    return _tones(np.rint(np.stack([sums(c*clear)[half]/n[half] for c in cv2.split(image)], 1)), spec)
+    (h, w), found = (v//k for v in flat.shape), []
+    for y in range(0, h*k, k):
+        clear = flat[y:y+k, :w*k] & 6 == 4  # imaged, and outside of fat cells
+        n = clear.reshape(k, w, k).sum((0, 2))
+        sums = (image[y:y+k, :w*k]*clear[..., None]).reshape(k, w, k, 3).sum((0, 2), dtype=np.int64)
+        found.append(sums[n >= k*k/2]/n[n >= k*k/2, None])
+    return _tones(np.rint(np.concatenate(found)), spec) if any(map(len, found)) else np.empty((0, 3))
 
 # %% ../nbs/03_tiling.ipynb #6e4fbb91
 def _around(
