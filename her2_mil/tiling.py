@@ -492,11 +492,10 @@ def _rasterise(
     "Polygons with holes as a mask"
     out = np.zeros(size, np.uint8)
     field = shapely.box(-2, -2, *np.array(size[::-1])/scale + 2)  # rasters know no coordinates of 1e12
-    for polygon in _polygons(shapely.intersection(shapely.make_valid(shapely.force_2d(roi)), field)):
-        one = np.zeros(size, np.uint8)  # by itself: an island may lie in another's hole
+    apart = _polygons(shapely.union_all(_polygons(shapely.intersection(shapely.make_valid(shapely.force_2d(roi)), field))))
+    for polygon in sorted(apart, key=lambda p: -shapely.Polygon(p.exterior).area):  # an island comes after the hole that it lies in
         for ring, value in [(polygon.exterior, 1)] + [(r, 0) for r in polygon.interiors]:
-            cv2.fillPoly(one, [np.rint(np.asarray(ring.coords)*scale - .5).astype(np.int32)], value)
-        out |= one
+            cv2.fillPoly(out, [np.rint(np.asarray(ring.coords)*scale - .5).astype(np.int32)], value)
     return out > 0
 
 # %% ../nbs/03_tiling.ipynb #724eec78
