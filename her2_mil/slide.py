@@ -71,8 +71,8 @@ def _resolve_mpp(
     where = 'given'
     if np.isnan(pair).any():
         pair, where = tuple(float(properties.get(f'openslide.mpp-{a}', 'nan')) for a in 'xy'), 'in the file'
-    power = float(properties.get('openslide.objective-power') or 0)
-    if np.isnan(pair).any() and objective and power > 0: pair, where = (10/power,)*2, 'from the objective'
+    power = float(properties.get('openslide.objective-power') or 0) if objective else 0
+    if np.isnan(pair).any() and power > 0: pair, where = (10/power,)*2, 'from the objective'
     if np.isnan(pair).any():
         raise SlideError(f"{name}: no um/px in the file; pass mpp=..., or fill the manifest's mpp column")
     if not all(_MPP_RANGE[0] <= v <= _MPP_RANGE[1] for v in pair):
