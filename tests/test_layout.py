@@ -3,6 +3,7 @@ import ast
 import importlib
 import json
 import re
+import subprocess
 from configparser import ConfigParser
 
 import nbformat
@@ -37,6 +38,15 @@ def cells(path):
 @pytest.mark.parametrize("name", "nbs her2_mil settings.ini setup.py data_manifest.csv _quarto.yml README.md".split())
 def test_top_level(name):
     assert (ROOT / name).exists()
+
+
+def test_no_program_left_its_log_at_the_top():
+    "Libraries write logs to where they are started from; what is tracked there is named here"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode: pytest.skip("not a git checkout")
+    known = "nbs her2_mil tests benchmarks tools profiles .ci .gitignore settings.ini setup.py constraints.txt Makefile data_manifest.csv _quarto.yml " \
+            "README.md references.bib LICENSE CITATION.cff CONTRIBUTING.md MODEL_CARD.md"
+    assert {f.split("/")[0] for f in listed.stdout.splitlines()} <= set(known.split())
 
 
 @pytest.mark.parametrize("module", ORDER)
