@@ -1,12 +1,13 @@
 """Speed and memory of slides and tiling: each function returns rows (name, ours, reference, unit, ratio, n, note). Both sides are measured in turn in the same run; medians."""
+import multiprocessing as mp
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -130,36 +131,42 @@ def read_patches_fallback():
 
 
 def read_patches_two_threads():
-    "Two threads over one, same patches, 128 a call: larger arrays are new memory at every call, which the system has to clear; the note says what the decoder alone gains"
+    "Two threads over one, same patches, 128 a call: larger arrays are new memory at every call, which the system has to clear; the note says what two processes that share nothing gain, in turn with them"
     path, spec = _big_slide(16384), TileSpec()
     cv2.setNumThreads(1)
     with WholeSlide(path) as s:
         coords = tile_slide(s, spec).coords
-        coords = coords[(coords < 448*16).all(1)]
+        calls = np.split(coords[(coords < 448*16).all(1)], 2)
         def read(n):
-            for i in range(0, len(coords), 128): read_patches(s, coords[i:i+128], spec, threads=n)
+            for c in calls: read_patches(s, c, spec, threads=n)
         def cpu(n):
             start = time.process_time()
             seconds = _timed(lambda: read(n))[0]
             return seconds, time.process_time() - start
-        rounds = [(*cpu(2), *cpu(1), _decoder_alone(s, coords, spec, 2)[0], _decoder_alone(s, coords, spec)[0]) for _ in range(25)]
-    two, cpu_two, one, cpu_one, limit_two, limit_one = (median(v) for v in zip(*rounds))
-    return [_row('read_patches_two_threads', len(coords)/two, len(coords)/one, 'patches/s', one/two, len(coords),
-                 f'{os.cpu_count()} CPUs; the decoder alone gains {limit_one/limit_two:.2f}; CPU time {cpu_two/cpu_one:.2f} of one thread\'s, {cpu_two/two:.2f} CPUs at work')]
+        ask, asked = mp.Pipe()
+        other = mp.get_context('fork').Process(target=lambda: [asked.send(read_patches(s, calls[1], spec).shape) for _ in iter(asked.recv, None)], daemon=True)
+        other.start()
+        def processes():
+            ask.send(1)
+            read_patches(s, calls[0], spec)
+            ask.recv()
+        rounds = [(*cpu(2), *cpu(1), _timed(processes)[0]) for _ in range(50)]
+        ask.send(None)
+    (two, cpu_two, one, cpu_one, apart), n = (median(v) for v in zip(*rounds)), sum(map(len, calls))
+    return [_row('read_patches_two_threads', n/two, n/one, 'patches/s', one/two, n,
+                 f'{os.cpu_count()} CPUs; two processes gain {one/apart:.2f}; CPU time {cpu_two/cpu_one:.2f} of one thread\'s, {cpu_two/two:.2f} CPUs at work')]
 
 
-def _decoder_alone(slide, coords, spec, threads=1):
+def _decoder_alone(slide, coords, spec):
     "Seconds to decode each tile that the patches touch once, and nothing else; the number of tiles"
     level = slide._level_for(spec.mpp)
     tiles, side = slide._native(level), spec.patch*spec.mpp/slide.mpp[0]/slide.level_downsamples[level]
     at = np.asarray(coords)/slide.level_downsamples[level]
-    touched = sorted({(ty*tiles.across + tx) for x, y in at for ty in range(int(y//tiles.tile[1]), int(-(-(y + side)//tiles.tile[1])))
+    touched = sorted({(ty, tx) for x, y in at for ty in range(int(y//tiles.tile[1]), int(-(-(y + side)//tiles.tile[1])))
                       for tx in range(int(x//tiles.tile[0]), int(-(-(x + side)//tiles.tile[0])))})
-    def some(part):
-        into = _memory((*tiles.tile[::-1], 3))
-        for i in part: tiles.decode(i, 1, into)
+    into = _memory((*tiles.tile[::-1], 3))
     def run():
-        with ThreadPoolExecutor(threads) as pool: list(pool.map(some, np.array_split(touched, threads)))
+        for ty, tx in touched: tiles.decode(tx, ty, into)
     return _timed(run)[0], len(touched)
 
 
@@ -172,7 +179,9 @@ def decode_memory():
         room = np.empty(np.prod(shape) + 64, np.uint8)
         aligned = room[-room.ctypes.data % 64:][:np.prod(shape)].reshape(shape)
         def run(into):
-            for i in range(256): tiles.decode(i, 2, into)
+            for i in range(256):
+                tiles.decode(i % 64, i//64, into)
+                cv2.resize(into, None, fx=.5, fy=.5, interpolation=cv2.INTER_AREA)
         ours, theirs = (median(v) for v in zip(*[(_timed(lambda: run(_memory(shape)))[0], _timed(lambda: run(aligned))[0]) for _ in range(15)]))
     return [_row('decode_memory', 256/ours, 256/theirs, 'tiles/s', theirs/ours, 256, 'reference: memory aligned to 64 bytes, which libjpeg-turbo writes past the cache')]
 
@@ -196,7 +205,7 @@ def read_patches_of_limit():
             ours.append(_timed(lambda: read_patches(s, coords, spec))[0])
             limit.append(_decoder_alone(s, coords, spec)[0])
         n_tiles, decode = _decoder_alone(s, coords, spec)[1], tiles.decode
-        tiles.decode = lambda i, *a: (decoded.append(i), decode(i, *a))[1]
+        tiles.decode = lambda *a: (decoded.append(a[:2]), decode(*a))
         with mock.patch.object(imagecodecs, 'jpeg8_decode', timed(imagecodecs.jpeg8_decode, 'decoding')), mock.patch.object(cv2, 'resize', timed(cv2.resize, 'averaging')):
             whole = sum(_timed(lambda: read_patches(s, coords, spec))[0] for _ in range(5))
         del tiles.decode
@@ -218,20 +227,40 @@ def mask_and_grid_100k():
 
 PEAK = '''
 import sys
-from her2_mil.slide import WholeSlide, _memory
+from her2_mil.slide import WholeSlide
 from her2_mil.tiling import tile_slide, read_patches, sample_bag
+if sys.argv[2] == 'pyvips': from pyvips import Image, Region
 with WholeSlide(sys.argv[1]) as s:
     grid = tile_slide(s)
-    for i in range(3): read_patches(s, grid.coords[sample_bag(len(grid), 100, i)], grid.spec)
+    bags = [grid.coords[sample_bag(len(grid), 100, i)] for i in range(3)]
+    if sys.argv[2] == 'ours':
+        for bag in bags: read_patches(s, bag, grid.spec)
+    else:
+        region = Region.new(Image.tiffload(sys.argv[1]))
+        for x, y in sum([b.tolist() for b in bags], []): region.fetch(x, y, 448, 448)
 print(int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])/1024)
 '''
 
 
+def _peaks(reader):
+    "Peak resident memory, MB, of tiling and of reading three bags, on 100,000 px and on 8,192 px"
+    run = lambda path: subprocess.run([sys.executable, '-c', PEAK, str(path), reader], capture_output=True, text=True, check=True).stdout
+    return [float(run(_big_slide(side, .3)).split()[-1]) for side in (100_000, 8192)]
+
+
 def tiling_memory_100k():
-    "Peak resident memory of tiling and of reading three bags, 100,000 px over 8,192 px"
-    def peak(path): return float(subprocess.run([sys.executable, '-c', PEAK, str(path)], capture_output=True, text=True, check=True).stdout.split()[-1])
-    large, small = peak(_big_slide(100_000, .3)), peak(_big_slide(8192, .3))
+    "Peak memory at 100,000 px over that at 8,192 px"
+    large, small = _peaks('ours')
     return [_row('tiling_memory_100k', large, small, 'MB', large/small, 3, 'bags of 100')]
+
+
+def tiling_memory_pyvips():
+    "The same where pyvips reads; skipped where it is not installed"
+    if find_spec('pyvips') is None:
+        print('tiling_memory_pyvips: skipped, pyvips is not installed')
+        return []
+    large, small = _peaks('pyvips')
+    return [_row('tiling_memory_pyvips', large, small, 'MB', large/small, 3, f'pyvips {version("pyvips")} reads the bags')]
 
 
 def read_manifest_100k():
@@ -259,25 +288,29 @@ def _other_readers(path):
         from cucim import CuImage
         s = CuImage(str(path))
         return lambda x, y, n: np.asarray(s.read_region((x, y), (n, n), 0))
+    def pyvips():
+        from pyvips import Image, Region
+        s = Region.new(Image.tiffload(str(path)))
+        return lambda x, y, n: np.frombuffer(s.fetch(x, y, n, n), np.uint8).reshape(n, n, 3)
     found = {}
-    for make in (tiffslide, fastslide, cucim):
+    for make in (tiffslide, fastslide, cucim, pyvips):
         try: found[make.__name__] = make()
         except ImportError: print(f'read_patches_other_readers: {make.__name__} is not installed')
     return found
 
 
 def read_patches_other_readers():
-    "Maintained readers against ours on the same level-0 fields, before any averaging; one line for each that is installed"
+    "Maintained readers in the place of ours, each field averaged by OpenCV from 0.25 to 0.5 um/px; one line for each that is installed"
     path, rows = _big_slide(16384), []
     cv2.setNumThreads(1)
     with WholeSlide(path) as s:
-        coords, mpp = np.stack(np.meshgrid(np.arange(12), np.arange(12)), -1).reshape(-1, 2)*448 + 448, s.mpp[0]
+        coords = np.stack(np.meshgrid(np.arange(12), np.arange(12)), -1).reshape(-1, 2)*448 + 448
         for name, read in _other_readers(path).items():
-            theirs = lambda: np.stack([read(*c, 448)[..., :3] for c in coords.tolist()])
-            rounds = [(_timed(lambda: s.fields(coords, 448, mpp))[0], _timed(theirs)[0]) for _ in range(7)]
+            theirs = lambda: np.stack([cv2.resize(read(*c, 448)[..., :3], (224, 224), interpolation=cv2.INTER_AREA) for c in coords.tolist()])
+            rounds = [(_timed(lambda: s.fields(coords, 224, 2*s.mpp[0]))[0], _timed(theirs)[0]) for _ in range(7)]
             ours, other = (len(coords)/median(v) for v in zip(*rounds))
-            error = np.abs(s.fields(coords[:40], 448, mpp).astype(int) - theirs()[:40]).mean()
-            rows.append(_row(f'read_patches_{name}', ours, other, 'fields/s', ours/other, len(coords), f'{name} {version(name)}, level-0 fields of 448 px, one core; mean difference of pixels {error:.2f} of 255'))
+            error = np.abs(s.fields(coords, 224, 2*s.mpp[0]).astype(int) - theirs()).mean()
+            rows.append(_row(f'read_patches_{name}', ours, other, 'patches/s', ours/other, len(coords), f'{name} {version(name)}, averaged by OpenCV, one core; mean difference of pixels {error:.2f} of 255'))
     return rows
 
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 import her2_mil
 from .slide import SlideError, WholeSlide, fetch_slide
-from .tiling import TileSpec, read_patches, read_roi, sample_bag, tile_slide
+from .tiling import TileSpec, _magnification, read_patches, read_roi, sample_bag, tile_slide
 from .stain import augment
 
 # %% ../nbs/05_embedding.ipynb #890f12bd
@@ -559,12 +559,6 @@ def caffe_squeezenet(
 # %% ../nbs/05_embedding.ipynb #a4714e1e
 Features = namedtuple('Features', 'features coords attrs')
 
-def _magnification(mpp:float) -> int:
-    "Objective power as TRIDENT bins um/px"
-    for below, power in ((.16, 80), (.2, 60), (.3, 40), (.6, 20), (1.2, 10), (2.4, 5)):
-        if mpp < below: return power
-    return max(1, round(10/mpp))
-
 def _slide_attrs(slide, spec, name) -> dict:
     "What a feature file says about slide and tiling"
     (mpp, _), (w, h) = slide.mpp, slide.size
@@ -686,7 +680,7 @@ def _sentence(error) -> str:
 # %% ../nbs/05_embedding.ipynb #32d7e7f9
 def _grid_coords(slide, row, spec, bag, root, seed):
     "Coordinates to embed for one row of the cohort"
-    roi = read_roi(Path(root)/row['roi']) if row.get('roi') else None
+    roi = read_roi(Path(root)/row['roi'], origin=slide.origin) if row.get('roi') else None
     grid = tile_slide(slide, spec, roi)
     if not bag: return grid.coords
     return grid.coords[sample_bag(len(grid), bag, _slide_seed(row['slide_id'], seed), coords=grid.coords)]

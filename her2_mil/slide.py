@@ -9,6 +9,8 @@ __all__ = ['SlideError', 'WholeSlide', 'slide_sha256', 'fetch_slide', 'plot_fiel
 import gc, hashlib, math, os, re, sys, uuid, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -43,7 +45,10 @@ def _open(
     "Open `path` with OpenSlide, and a plain image as a slide of one level"
     if path.is_dir(): path = min(path.glob('*.dcm'), default=path)
     try: return openslide.OpenSlide(path)
-    except openslide.OpenSlideUnsupportedFormatError: pass
+    except openslide.OpenSlideUnsupportedFormatError:
+        if path.suffix.lower() == '.mrxs':  # a picture of the slide, which Pillow would take for the slide
+            raise SlideError(f'{path.name}: a MIRAX slide is a file that ends in .mrxs, in small letters, and beside it a folder {path.stem} with Slidedat.ini; '
+                             'copy or rename both together') from None
     except openslide.OpenSlideError as e:
         raise SlideError(f'{path.name}: damaged, incomplete, or coded in a way that OpenSlide does not know ({e}); copy it again, or convert it to a tiled TIFF of JPEG') from None
     try:
@@ -137,6 +142,12 @@ def __repr__(self:WholeSlide):
     x, y = self.mpp
     return (f'WholeSlide {self.name}: {w:,} x {h:,} px at {x:g}' + (f' x {y:g}' if x != y else '') +
             f' um/px, downsamples {", ".join(f"{d:g}" for d in self.level_downsamples)}')
+
+# %% ../nbs/02_slide.ipynb #af059eb5
+@patch(as_prop=True)
+def origin(self:WholeSlide) -> tuple:  # (x, y) level-0 px
+    "Where the scanned part begins: (0, 0) to QuPath, which crops MIRAX and Leica slides to it"
+    return tuple(int(self.properties.get(f'openslide.bounds-{a}', 0)) for a in 'xy')
 
 # %% ../nbs/02_slide.ipynb #746ce469
 def _overlaps(
@@ -250,18 +261,19 @@ def _jpeg_tiles(
 class _NativeTiles:
     "JPEG tiles of one level, straight from the file; `ValueError` says why a level has none"
     def __init__(self,
-        path,  # slide file
-        vendor:str,  # OpenSlide's name of the format
-        size:tuple,  # (w, h) of the level
-        background:tuple,  # colour of missing tiles
+        slide:WholeSlide,  # open slide
+        level:int,  # level to read
     ):
+        vendor, (w, _) = slide.properties.get('openslide.vendor'), slide.level_sizes[level]
         if vendor not in ('aperio', 'generic-tiff') or not hasattr(os, 'pread'): raise ValueError(f'format {vendor}')
-        self.offsets, self.counts, self.tile, self.how = _jpeg_tiles(path, size)
+        self.offsets, self.counts, self.tile, self.how = _jpeg_tiles(slide.path, slide.level_sizes[level])
         gc.collect(1)  # tifffile's pages refer to one another and linger: 12 MB at 100,000 px
-        self.background, self.across = background, -(-size[0]//self.tile[0])
-        self.fd = os.open(path, os.O_RDONLY)
+        self.name, self.level, self.downsample = slide.path.name, level, slide.level_downsamples[level]
+        self.background, self.across = slide._background, -(-w//self.tile[0])
+        self.run = max(1, 2**19//math.prod(self.tile))  # tiles averaged in one go: eight of 256 px
+        self.fd = os.open(slide.path, os.O_RDONLY)
     def __del__(self):
-        if hasattr(self, 'fd'): os.close(self.fd)
+        if hasattr(self, 'fd') and os: os.close(self.fd)
 
 # %% ../nbs/02_slide.ipynb #d5304bfd
 def _memory(
@@ -273,57 +285,123 @@ def _memory(
     start = (8 - room.ctypes.data) % 64
     return room[start:start + n].reshape(shape)
 
-# %% ../nbs/02_slide.ipynb #9aa03af2
+# %% ../nbs/02_slide.ipynb #2fd25c51
+@patch
+def decode(self:_NativeTiles,
+    tx:int, ty:int,  # column and row of the tile
+    into:np.ndarray,  # uint8 (h, w, 3) to fill
+):
+    "The pixels of one tile; `SlideError` names the place of one that is damaged"
+    i = ty*self.across + tx
+    if not self.counts[i]: into[:] = self.background; return
+    try:
+        data = os.pread(self.fd, int(self.counts[i]), int(self.offsets[i]))
+        if not data.rstrip(b'\0').endswith(b'\xff\xd9'): raise ValueError('it ends too early')  # where libjpeg would make up the rest
+        imagecodecs.jpeg8_decode(data, out=into, **self.how)
+    except Exception as e:
+        x, y = (round(t*s*self.downsample) for t, s in zip((tx, ty), self.tile))
+        raise SlideError(f'{self.name}: cannot decode the tile at ({x}, {y}), level {self.level} ({e}); copy or download it again') from None
+
+# %% ../nbs/02_slide.ipynb #610a7b0c
+class _Scratch:
+    "What a thread keeps: decoded tiles, oldest first, and memory that is used again, which costs no page faults"
+    def __init__(self): self.tiles, self.rooms = {}, {}
+    def room(self,
+        use:str,  # what it is for
+        shape:tuple,  # of the array
+    ) -> np.ndarray:  # uint8, with whatever was there before
+        "Memory for one use; new only where the shape is another one"
+        if use not in self.rooms or self.rooms[use].shape != shape: self.rooms[use] = _memory(shape)
+        return self.rooms[use]
+
+# %% ../nbs/02_slide.ipynb #c118ae34
+def _paste(
+    out:np.ndarray,  # uint8 (h, w, 3) to fill
+    x:int, y:int,  # where it begins
+    part:np.ndarray,  # uint8, another picture of the same level
+    px:int, py:int,  # where that one begins
+):
+    "Copy the pixels that two pictures share"
+    l, t = max(x, px), max(y, py)
+    r, b = min(x + out.shape[1], px + part.shape[1]), min(y + out.shape[0], py + part.shape[0])
+    out[t-y:b-y, l-x:r-x] = part[t-py:b-py, l-px:r-px]
+
+# %% ../nbs/02_slide.ipynb #f669181a
 _TILE_CACHE = 12*2**20  # bytes of decoded tiles a thread keeps: 64 tiles of 256 px, a square of four patches
 
 @patch
-def decode(self:_NativeTiles,
-    i:int,  # tile index, row by row
-    k:int=1,  # whole number of pixels to average along each side, a divisor of the tile's
-    into=None,  # uint8 (h, w, 3) to decode into; None for new memory
-) -> np.ndarray:  # uint8 (h/k, w/k, 3)
-    "One tile, area-averaged"
-    w, h = self.tile
-    if not self.counts[i]: return np.full((h//k, w//k, 3), self.background, np.uint8)
-    if into is None: into = _memory((h, w, 3))
-    data = os.pread(self.fd, int(self.counts[i]), int(self.offsets[i]))
-    if not data.rstrip(b'\0').endswith(b'\xff\xd9'): raise ValueError('it ends too early')  # where libjpeg would make up the rest
-    out = imagecodecs.jpeg8_decode(data, out=into, **self.how)
-    return out if k == 1 else cv2.resize(out, (w//k, h//k), interpolation=cv2.INTER_AREA)
-
-# %% ../nbs/02_slide.ipynb #610a7b0c
-class _Scratch(dict):
-    "Decoded tiles of one thread, oldest first, and a window to average from: memory that is used again costs no page faults"
-    window = pixels = None
-    def tile(self, shape, k):  # a tile's pixels before they are averaged; None where they are kept
-        if k > 1 and (self.pixels is None or self.pixels.shape != shape): self.pixels = _memory(shape)
-        return self.pixels if k > 1 else None
-    def white(self, shape, inside):  # a window of this shape; white where it is not `inside` the level and so not overwritten
-        if self.window is None or self.window.shape != shape: self.window = np.empty(shape, np.uint8)
-        if not inside: self.window.fill(255)
-        return self.window
-
-# %% ../nbs/02_slide.ipynb #c118ae34
-@patch
 def region(self:_NativeTiles,
-    box:tuple,  # (x0, y0, x1, y1) in averaged pixels of the level, inside it
-    out:np.ndarray,  # uint8 (y1-y0, x1-x0, 3) to fill
-    cache:_Scratch,  # memory of this thread
-    k:int=1,  # whole number of pixels averaged along each side
+    x:int, y:int,  # level px of the box's top-left corner
+    out:np.ndarray,  # uint8 (h, w, 3) to fill: a box inside the level
+    tiles:dict,  # decoded tiles of this thread
 ):
-    "Copy a box from its tiles, decoding those not in `cache`"
-    (tw, th), (x0, y0, x1, y1) = (v//k for v in self.tile), box
-    most = max(1, _TILE_CACHE//(self.tile[0]*self.tile[1]*3))
-    for ty in range(y0//th, (y1 - 1)//th + 1):
-        for tx in range(x0//tw, (x1 - 1)//tw + 1):
-            i = ty*self.across + tx
-            tile = cache.pop((i, k), None)
-            if tile is None:
-                if len(cache) >= most: del cache[next(iter(cache))]
-                tile = self.decode(i, k, cache.tile((*self.tile[::-1], 3), k))
-            cache[i, k] = tile
-            l, t, r, b = max(x0, tx*tw), max(y0, ty*th), min(x1, (tx + 1)*tw), min(y1, (ty + 1)*th)
-            out[t-y0:b-y0, l-x0:r-x0] = tile[t-ty*th:b-ty*th, l-tx*tw:r-tx*tw]
+    "Copy a box from its tiles, decoding those not in `tiles`"
+    (tw, th), (h, w) = self.tile, out.shape[:2]
+    for at in product(range(x//tw, (x + w - 1)//tw + 1), range(y//th, (y + h - 1)//th + 1)):
+        tile = tiles.pop(at, None)
+        if tile is None:
+            full = len(tiles)*tw*th*3 >= _TILE_CACHE
+            tile = tiles.pop(next(iter(tiles))) if full else _memory((th, tw, 3))
+            self.decode(*at, tile)
+        tiles[at] = tile
+        _paste(out, x, y, tile, at[0]*tw, at[1]*th)
+
+# %% ../nbs/02_slide.ipynb #f53eccce
+@patch
+def whole(self:_NativeTiles,
+    corners:np.ndarray,  # float (N, 2) level px of each field's top-left corner
+    step:tuple,  # (x, y) level px per target px
+    size:tuple,  # (w, h) of the level
+    side:int,  # px of a field
+) -> tuple:  # level px along a target px; bool (N,)
+    "Fields whose pixels are whole blocks of each tile's, all inside the level"
+    k = max(1, round(step[0]))
+    if max(abs(s - k) for s in step) > 1e-9 or any(t % k for t in self.tile): return k, np.zeros(len(corners), bool)
+    return k, ((corners % k == 0) & (corners >= 0) & (corners + k*side <= size)).all(1)
+
+# %% ../nbs/02_slide.ipynb #2da0a1f0
+@patch
+def runs(self:_NativeTiles,
+    corners:dict,  # field -> (x, y), its top-left corner in averaged px
+    side:int,  # px of a field
+    k:int,  # level px averaged along each side
+) -> list:  # ((row of tiles, which run of it), fields that touch the run), in the order of the file
+    "Every tile that is needed, in one short run of tiles side by side"
+    found, tw, th = {}, self.run*self.tile[0]//k, self.tile[1]//k
+    for i, (x, y) in corners.items():
+        for at in product(range(y//th, (y + side - 1)//th + 1), range(x//tw, (x + side - 1)//tw + 1)): found.setdefault(at, []).append(i)
+    return sorted(found.items())
+
+# %% ../nbs/02_slide.ipynb #a3760a5f
+@patch
+def strip(self:_NativeTiles,
+    columns:list,  # tiles to decode, ascending, at most `self.run` apart
+    ty:int,  # their row
+    k:int,  # level px averaged along each side
+    scratch:_Scratch,  # memory of this thread
+) -> np.ndarray:  # uint8 (h/k, n*w/k, 3): from the first of the tiles to the last
+    "Tiles side by side, averaged in one go; what lies between them and is not asked for is anything"
+    (w, h), n = self.tile, columns[-1] - columns[0] + 1
+    stack = scratch.room('stack', (self.run, h, w, 3))[:n]
+    for tx in columns: self.decode(tx, ty, stack[tx - columns[0]])
+    mean = stack if k == 1 else cv2.resize(stack.reshape(n*h, w, 3), (w//k, n*h//k), interpolation=cv2.INTER_AREA)
+    return mean.reshape(n, h//k, w//k, 3).swapaxes(0, 1).reshape(h//k, -1, 3)
+
+# %% ../nbs/02_slide.ipynb #26552ecd
+@patch
+def spread(self:_NativeTiles,
+    at:tuple,  # (row of tiles, which run of it)
+    corners:dict,  # field -> (x, y), its top-left corner in averaged px; those that touch the run
+    k:int,  # level px averaged along each side
+    out:np.ndarray,  # uint8 (N, h, w, 3) to fill in part
+    scratch:_Scratch,  # memory of this thread
+):
+    "Decode the tiles of a run that fields touch, and copy their average to these"
+    (ty, run), (tw, th), side = at, (t//k for t in self.tile), out.shape[2]
+    first, last = run*self.run, (run + 1)*self.run - 1
+    columns = sorted({tx for x, _ in corners.values() for tx in range(max(first, x//tw), min(last, (x + side - 1)//tw) + 1)})
+    strip = self.strip(columns, ty, k, scratch)
+    for i, (x, y) in corners.items(): _paste(out[i], x, y, strip, columns[0]*tw, ty*th)
 
 # %% ../nbs/02_slide.ipynb #2a58be93
 @patch
@@ -333,11 +411,11 @@ def _native(self:WholeSlide,
 ):  # _NativeTiles, or None
     "The native tiles of a level; None, and a warning the first time, where OpenSlide has to read"
     if level not in self._natives:
-        try: self._natives[level] = _NativeTiles(self.path, self.properties.get('openslide.vendor'), self.level_sizes[level], self._background)
+        try: self._natives[level] = _NativeTiles(self, level)
         except Exception as e: self._natives[level] = str(e)
     found = self._natives[level]
     if isinstance(found, _NativeTiles): return found
-    if not (quiet or self._warned): warnings.warn(f'{self.path.name}: patches are read by OpenSlide, more slowly: {found}', stacklevel=3)
+    if not (quiet or self._warned): warnings.warn(f'{self.path.name}: patches are read by OpenSlide, more slowly: {found}', stacklevel=4)
     self._warned |= not quiet
 
 # %% ../nbs/02_slide.ipynb #6ad12332
@@ -345,49 +423,50 @@ def _curve_order(
     coords:np.ndarray,  # int (N, 2) level-0 px
 ) -> np.ndarray:  # int64 (N,) indices
     "Order along a Morton curve (interleaved bits of x and y): neighbours on the slide follow one another"
+    if not len(coords): return np.arange(0)
     low = coords.min(0)
     q = ((coords - low)*65535)//max(1, int((coords - low).max()))
     code = sum(((q[:, a] >> b) & 1) << (2*b + a) for a in (0, 1) for b in range(16))
     return np.argsort(code, kind='stable')
-
-# %% ../nbs/02_slide.ipynb #04970096
-@patch
-def whole(self:_NativeTiles,
-    x:float, y:float,  # level px of a field's top-left corner
-    step:tuple,  # (x, y) level px per target px
-    size:tuple,  # (w, h) of the level
-    field:tuple,  # (w, h) px of the field
-) -> int:  # level px along a target px where each tile can be averaged by itself; else 0
-    "Whether the target's pixels are whole blocks of each tile's, all inside the level"
-    k = round(step[0])
-    even = k > 1 and max(abs(s - k) for s in step) < 1e-9 and x % k == y % k == 0 and self.tile[0] % k == self.tile[1] % k == 0
-    return k if even and min(x, y) >= 0 and x + k*field[0] <= size[0] and y + k*field[1] <= size[1] else 0
 
 # %% ../nbs/02_slide.ipynb #f7286f6f
 @patch
 def _field(self:WholeSlide,
     tiles,  # _NativeTiles of the level, or None
     level:int, x:float, y:float,  # level, and level-0 px of the top-left corner
-    size:tuple,  # (w, h) px at the target mpp
     mpp:float,  # target um/px
-    cache:_Scratch,  # memory of this thread
     out:np.ndarray,  # uint8 (h, w, 3) to fill
+    scratch:_Scratch,  # memory of this thread
 ):
     "A field from native tiles; from OpenSlide where there are none"
+    m, n = out.shape[:2]
     if tiles is None:
-        out[:] = self.read(x, y, size, mpp, level)
+        out[:] = self.read(x, y, (n, m), mpp, level)
         return
-    d, (w, h), (n, m) = self.level_downsamples[level], self.level_sizes[level], size
+    d, (w, h) = self.level_downsamples[level], self.level_sizes[level]
     sx, sy, x, y = mpp/self.mpp[0]/d, mpp/self.mpp[1]/d, x/d, y/d
     x0, y0, x1, y1 = math.floor(x), math.floor(y), math.ceil(x + n*sx - 1e-9), math.ceil(y + m*sy - 1e-9)
     l, t, r, b = max(x0, 0), max(y0, 0), min(x1, w), min(y1, h)
-    try:
-        if k := tiles.whole(x, y, (sx, sy), (w, h), size): return tiles.region((x0//k, y0//k, x0//k + n, y0//k + m), out, cache, k)
-        window = cache.white((y1 - y0, x1 - x0, 3), (l, t, r, b) == (x0, y0, x1, y1))
-        if r > l and b > t: tiles.region((l, t, r, b), window[t-y0:b-y0, l-x0:r-x0], cache)
-    except Exception as e:
-        raise SlideError(f'{self.path.name}: cannot decode a tile near ({round(l*d)}, {round(t*d)}), level {level} ({e}); copy or download it again') from None
-    out[:] = _resample(window, (x - x0, y - y0), (sx, sy), size)
+    window = scratch.room('window', (y1 - y0, x1 - x0, 3))
+    if (l, t, r, b) != (x0, y0, x1, y1): window.fill(255)
+    if r > l and b > t: tiles.region(l, t, window[t-y0:b-y0, l-x0:r-x0], scratch.tiles)
+    out[:] = _resample(window, (x - x0, y - y0), (sx, sy), (n, m))
+
+# %% ../nbs/02_slide.ipynb #e3b68a7c
+@patch
+def _jobs(self:WholeSlide,
+    coords:np.ndarray,  # int (N, 2) level-0 px
+    mpp:float,  # target um/px
+    out:np.ndarray,  # uint8 (N, h, w, 3) to fill
+) -> list:  # functions of a thread's _Scratch
+    "All that has to be done to fill `out`"
+    level, side = self._level_for(mpp), out.shape[2]
+    tiles, d = self._native(level), self.level_downsamples[level]
+    k, whole = tiles.whole(coords/d, [mpp/m/d for m in self.mpp], self.level_sizes[level], side) if tiles else (1, np.zeros(len(coords), bool))
+    places, other = np.rint(coords/(d*k)).astype(int).tolist(), np.flatnonzero(~whole)
+    corners = {i: places[i] for i in np.flatnonzero(whole).tolist()}
+    return ([partial(tiles.spread, at, {i: corners[i] for i in who}, k, out) for at, who in (tiles.runs(corners, side, k) if corners else ())] +
+            [partial(self._field, tiles, level, *coords[i].tolist(), mpp, out[i]) for i in other[_curve_order(coords[other])]])
 
 # %% ../nbs/02_slide.ipynb #4aa77bd7
 def _take(
@@ -409,15 +488,11 @@ def fields(self:WholeSlide,
     "Many fields as `read` gives them, in the order of `coords`, each JPEG tile decoded about once"
     coords = np.rint(np.asarray(coords)).astype(np.int64).reshape(-1, 2)
     out = np.empty((len(coords), size, size, 3), np.uint8)
-    if not len(coords): return out
-    level = self._level_for(mpp)
-    tiles = self._native(level)
-    stretches = [deque(p.tolist()) for p in np.array_split(_curve_order(coords), max(1, threads))]
+    stretches = [deque(jobs) for jobs in np.array_split(np.array(self._jobs(coords, mpp, out), object), max(1, threads))]
     def some(mine):
-        cache = _Scratch()
+        scratch = _Scratch()
         try:
-            while (i := _take(mine, stretches)) is not None:
-                self._field(tiles, level, *coords[i].tolist(), (size, size), mpp, cache, out[i])
+            while job := _take(mine, stretches): job(scratch)
         except BaseException:
             for s in stretches: s.clear()  # nobody begins another
             raise
@@ -453,7 +528,7 @@ def thumbnail(self:WholeSlide,
         for i in range(0, W, block):
             n, m = min(block, W - i), min(block, H - j)
             x, y = i*mpp/self.mpp[0], j*mpp/self.mpp[1]
-            self._field(tiles, level, x, y, (n, m), mpp, _Scratch(), out[j:j+m, i:i+n])
+            self._field(tiles, level, x, y, mpp, out[j:j+m, i:i+n], _Scratch())
     return out
 
 # %% ../nbs/02_slide.ipynb #be8ddf2d

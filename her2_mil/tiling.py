@@ -16,7 +16,7 @@ import cv2
 import h5py
 import numpy as np
 import pandas as pd
-import shapely
+import shapely, shapely.affinity
 from fastcore.basics import patch
 from matplotlib.collections import PatchCollection
 from matplotlib.patches import Rectangle
@@ -228,9 +228,9 @@ def _mean_tones(
     k = 2*round(spec.net/spec.mpp)
     (h, w), found = (v//k for v in flat.shape), []
     for y in range(0, h*k, k):
-        clear = flat[y:y+k, :w*k] & 6 == 4  # imaged, and outside of fat cells
-        n = clear.reshape(k, w, k).sum((0, 2))
-        sums = (image[y:y+k, :w*k]*clear[..., None]).reshape(k, w, k, 3).sum((0, 2), dtype=np.int64)
+        clear = (flat[y:y+k, :w*k] & 6 == 4).astype(np.uint8)  # imaged, and outside of fat cells
+        n, sums = (cv2.reduce(a, 0, cv2.REDUCE_SUM, dtype=cv2.CV_32S).reshape(w, k, -1).sum(1) for a in (clear, cv2.copyTo(image[y:y+k, :w*k], clear)))
+        n = n[:, 0]
         found.append(sums[n >= k*k/2]/n[n >= k*k/2, None])
     return _tones(np.rint(np.concatenate(found)), spec) if any(map(len, found)) else np.empty((0, 3))
 
@@ -508,9 +508,10 @@ def _class_name(
 
 # %% ../nbs/03_tiling.ipynb #e36b4004
 def read_roi(
-    path,  # QuPath GeoJSON, level-0 px
+    path,  # QuPath GeoJSON, px of level 0
     classes=('Tumor', 'Tumour'),  # names of the classes to take; None for every polygon
     exclude=(),  # names of classes to cut out, such as 'Necrosis'
+    origin=(0, 0),  # level-0 px of the annotation's (0, 0): `slide.origin`
 ):  # shapely Polygon or MultiPolygon, level-0 px
     "The union of the annotated polygons of the chosen classes"
     path = Path(path)
@@ -527,7 +528,7 @@ def read_roi(
     if not roi.area:
         raise SlideError(f"{path.name}: no polygon of class {', '.join(classes or ['any'])}; the file has "
                          f"{', '.join(sorted({c or 'unclassified' for c, _ in parts})) or 'none'}; name one of these in classes")
-    return shapely.union_all(_polygons(roi))
+    return shapely.affinity.translate(shapely.union_all(_polygons(roi)), *origin)
 
 # %% ../nbs/03_tiling.ipynb #189a148b
 def read_patches(
@@ -575,6 +576,15 @@ def plot_grid(
     ax.set(xlabel='mm', ylabel='mm')
     return ax
 
+# %% ../nbs/03_tiling.ipynb #08cb4b6e
+def _magnification(
+    mpp:float,  # um/px
+) -> int:  # 40 for 0.2 to 0.3 um/px, say
+    "Magnification as TRIDENT bins um/px"
+    for below, power in ((.16, 80), (.2, 60), (.3, 40), (.6, 20), (1.2, 10), (2.4, 5)):
+        if mpp < below: return power
+    return max(1, round(10/mpp))
+
 # %% ../nbs/03_tiling.ipynb #d2d6d430
 def write_coords(
     path,  # HDF5 file to write
@@ -585,9 +595,8 @@ def write_coords(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    power = slide.properties.get('openslide.objective-power')
     attrs = dict(patch_size=grid.spec.patch, patch_size_level0=grid.patch_size_level0, overlap=grid.spec.overlap, name=slide.name,
-                 level0_magnification=int(float(power)) if power else round(10/slide.mpp[0]), target_magnification=round(10/grid.spec.mpp),
+                 level0_magnification=_magnification(slide.mpp[0]), target_magnification=_magnification(grid.spec.mpp),
                  level0_width=slide.size[0], level0_height=slide.size[1], mpp=slide.mpp[0], target_mpp=grid.spec.mpp, tile_spec=grid.spec.to_json())
     with h5py.File(part, 'w') as f:
         f.create_dataset('coords', data=grid.coords).attrs.update(attrs)
@@ -618,7 +627,7 @@ def _survey_one(
     path = fetch_slide(row['uri'], root, row.get('sha256'), cache)
     with WholeSlide(path, mpp=row.get('mpp')) as s:
         found = dict(levels=len(s.level_sizes), width=s.size[0], height=s.size[1], mpp=s.mpp[0])
-        roi = read_roi(Path(root)/row['roi']) if isinstance(row.get('roi'), str) and row['roi'] else None
+        roi = read_roi(Path(root)/row['roi'], origin=s.origin) if isinstance(row.get('roi'), str) and row['roi'] else None
         grid = tile_slide(s, spec, roi)
         start = time.perf_counter()
         read_patches(s, grid.coords[:32], spec)
