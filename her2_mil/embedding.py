@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 import her2_mil
 from .slide import SlideError, WholeSlide, fetch_slide
-from .tiling import TileSpec, _magnification, read_patches, read_roi, sample_bag, tile_slide
+from .tiling import TileSpec, _layout, _magnification, read_patches, read_roi, sample_bag, tile_slide
 from .stain import augment
 
 # %% ../nbs/05_embedding.ipynb #890f12bd
@@ -561,11 +561,7 @@ Features = namedtuple('Features', 'features coords attrs')
 
 def _slide_attrs(slide, spec, name) -> dict:
     "What a feature file says about slide and tiling"
-    (mpp, _), (w, h) = slide.mpp, slide.size
-    return dict(patch_size=spec.patch, patch_size_level0=round(spec.patch*spec.mpp/mpp), overlap=spec.overlap, name=name,
-                level0_magnification=_magnification(mpp), target_magnification=_magnification(spec.mpp),
-                level0_width=w, level0_height=h, mpp=float(mpp), target_mpp=float(spec.mpp), slide_sha256=slide.sha256,
-                tile_spec=spec.to_json(), her2_mil_version=her2_mil.__version__)
+    return _layout(slide, spec) | dict(name=name, slide_sha256=slide.sha256, her2_mil_version=her2_mil.__version__)
 
 _CARD = ('name', 'architecture', 'source', 'licence', 'seed', 'preprocessing', 'sha256') # what fits in an HDF5 attribute
 

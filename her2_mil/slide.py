@@ -44,11 +44,10 @@ def _open(
 ):  # an OpenSlide or ImageSlide object
     "Open `path` with OpenSlide, and a plain image as a slide of one level"
     if path.is_dir(): path = min(path.glob('*.dcm'), default=path)
+    if path.suffix.lower() == '.mrxs' and openslide.OpenSlide.detect_format(path) != 'mirax':  # a picture of the slide, which might pass for it
+        raise SlideError(f'{path.name}: a MIRAX slide is a file that ends in .mrxs, in small letters, and beside it a folder {path.stem} with Slidedat.ini; copy both')
     try: return openslide.OpenSlide(path)
-    except openslide.OpenSlideUnsupportedFormatError:
-        if path.suffix.lower() == '.mrxs':  # a picture of the slide, which Pillow would take for the slide
-            raise SlideError(f'{path.name}: a MIRAX slide is a file that ends in .mrxs, in small letters, and beside it a folder {path.stem} with Slidedat.ini; '
-                             'copy or rename both together') from None
+    except openslide.OpenSlideUnsupportedFormatError: pass
     except openslide.OpenSlideError as e:
         raise SlideError(f'{path.name}: damaged, incomplete, or coded in a way that OpenSlide does not know ({e}); copy it again, or convert it to a tiled TIFF of JPEG') from None
     try:
@@ -146,8 +145,9 @@ def __repr__(self:WholeSlide):
 # %% ../nbs/02_slide.ipynb #af059eb5
 @patch(as_prop=True)
 def origin(self:WholeSlide) -> tuple:  # (x, y) level-0 px
-    "Where the scanned part begins: (0, 0) to QuPath, which crops MIRAX and Leica slides to it"
-    return tuple(int(self.properties.get(f'openslide.bounds-{a}', 0)) for a in 'xy')
+    "Where the scanned part begins: (0, 0) to QuPath, which crops slides with bounds, such as MIRAX and Leica, to it"
+    bounds = [self.properties.get(f'openslide.bounds-{k}', '') for k in ('x', 'y', 'width', 'height')]
+    return tuple(map(int, bounds[:2])) if all(re.fullmatch(r'-?\d+', b) for b in bounds) else (0, 0)
 
 # %% ../nbs/02_slide.ipynb #746ce469
 def _overlaps(
@@ -200,14 +200,14 @@ def _region(self:WholeSlide,
     box:tuple,  # (x0, y0, x1, y1) in pixels of that level
 ) -> np.ndarray:  # uint8 (y1-y0, x1-x0, 3), white outside the slide
     "Pixels of one level, alpha composited on the slide's background"
-    (w, h), d = self.level_sizes[level], self.level_downsamples[level]
+    (w, h), ask = self.level_sizes[level], self._osr.level_downsamples[level]  # OpenSlide divides by its own downsample
     x0, y0, x1, y1 = box
     out = np.full((y1 - y0, x1 - x0, 3), 255, np.uint8)
     l, t, r, b = max(x0, 0), max(y0, 0), min(x1, w), min(y1, h)
     if r <= l or b <= t: return out
-    try: px = np.asarray(self._osr.read_region((round(l*d), round(t*d)), level, (r - l, b - t)))
+    try: px = np.asarray(self._osr.read_region((round(l*ask), round(t*ask)), level, (r - l, b - t)))
     except openslide.OpenSlideError as e:
-        raise SlideError(f'{self.path.name}: cannot read at ({round(l*d)}, {round(t*d)}), level {level} ({e}); copy or download it again') from None
+        raise SlideError(f'{self.path.name}: cannot read at ({round(l*ask)}, {round(t*ask)}), level {level} ({e}); copy or download it again') from None
     rgb = cv2.cvtColor(px, cv2.COLOR_RGBA2RGB)
     if px.view('<u4').min() < 255 << 24:  # the alpha of some pixel is not 255
         clear = px[..., 3] < 255
@@ -215,6 +215,25 @@ def _region(self:WholeSlide,
         rgb[clear] = np.rint(rgb[clear]*part + np.array(self._background)*(1 - part))
     out[t-y0:b-y0, l-x0:r-x0] = rgb
     return out
+
+# %% ../nbs/02_slide.ipynb #8c99aa73
+@patch
+def _field(self:WholeSlide,
+    pixels,  # function: (x0, y0, x1, y1) in pixels of the level -> uint8 (y1-y0, x1-x0, 3), white outside
+    level:int,  # level to average from
+    x:float, y:float,  # level-0 px of the top-left corner
+    mpp:float,  # target um/px
+    out:np.ndarray,  # uint8 (h, w, 3) to fill
+):
+    "A field, averaged block by block"
+    d, (h, w) = self.level_downsamples[level], out.shape[:2]
+    sx, sy = mpp/self.mpp[0]/d, mpp/self.mpp[1]/d
+    block = max(16, int(1024/max(sx, sy)))
+    for j, i in product(range(0, h, block), range(0, w, block)):
+        part = out[j:j+block, i:i+block]
+        (m, n), lx, ly = part.shape[:2], x/d + i*sx, y/d + j*sy
+        box = math.floor(lx), math.floor(ly), math.ceil(lx + n*sx - 1e-9), math.ceil(ly + m*sy - 1e-9)
+        part[:] = _resample(pixels(box), (lx - box[0], ly - box[1]), (sx, sy), (n, m))
 
 # %% ../nbs/02_slide.ipynb #dc1e994c
 @patch
@@ -228,16 +247,8 @@ def read(self:WholeSlide,
     "The field at exactly `mpp`: area-averaged from the nearest finer level, white outside the slide"
     w, h = (int(size), int(size)) if np.isscalar(size) else map(int, size)
     if level is None: level = self._level_for(mpp)
-    d = self.level_downsamples[level]
-    sx, sy = mpp/self.mpp[0]/d, mpp/self.mpp[1]/d
-    block = max(16, int(2048/max(sx, sy)))
     out = np.empty((h, w, 3), np.uint8)
-    for j in range(0, h, block):
-        for i in range(0, w, block):
-            n, m = min(block, w - i), min(block, h - j)
-            lx, ly = x/d + i*sx, y/d + j*sy
-            box = math.floor(lx), math.floor(ly), math.ceil(lx + n*sx - 1e-9), math.ceil(ly + m*sy - 1e-9)
-            out[j:j+m, i:i+n] = _resample(self._region(level, box), (lx - box[0], ly - box[1]), (sx, sy), (n, m))
+    self._field(partial(self._region, level), level, x, y, mpp, out)
     return out
 
 # %% ../nbs/02_slide.ipynb #3d45ba5f
@@ -264,12 +275,13 @@ class _NativeTiles:
         slide:WholeSlide,  # open slide
         level:int,  # level to read
     ):
-        vendor, (w, _) = slide.properties.get('openslide.vendor'), slide.level_sizes[level]
+        vendor, self.size = slide.properties.get('openslide.vendor'), slide.level_sizes[level]
         if vendor not in ('aperio', 'generic-tiff') or not hasattr(os, 'pread'): raise ValueError(f'format {vendor}')
-        self.offsets, self.counts, self.tile, self.how = _jpeg_tiles(slide.path, slide.level_sizes[level])
+        self.offsets, self.counts, self.tile, self.how = _jpeg_tiles(slide.path, self.size)
+        if vendor == 'aperio' and level and not self.counts.all(): raise ValueError('missing tiles')  # OpenSlide makes them from a finer level
         gc.collect(1)  # tifffile's pages refer to one another and linger: 12 MB at 100,000 px
         self.name, self.level, self.downsample = slide.path.name, level, slide.level_downsamples[level]
-        self.background, self.across = slide._background, -(-w//self.tile[0])
+        self.background, self.across = slide._background, -(-self.size[0]//self.tile[0])
         self.run = max(1, 2**19//math.prod(self.tile))  # tiles averaged in one go: eight of 256 px
         self.fd = os.open(slide.path, os.O_RDONLY)
     def __del__(self):
@@ -296,7 +308,7 @@ def decode(self:_NativeTiles,
     if not self.counts[i]: into[:] = self.background; return
     try:
         data = os.pread(self.fd, int(self.counts[i]), int(self.offsets[i]))
-        if not data.rstrip(b'\0').endswith(b'\xff\xd9'): raise ValueError('it ends too early')  # where libjpeg would make up the rest
+        if b'\xff\xd9' not in data.rstrip(b'\0')[-64:]: raise ValueError('it ends too early')  # where libjpeg would make up the rest
         imagecodecs.jpeg8_decode(data, out=into, **self.how)
     except Exception as e:
         x, y = (round(t*s*self.downsample) for t, s in zip((tx, ty), self.tile))
@@ -327,37 +339,39 @@ def _paste(
     out[t-y:b-y, l-x:r-x] = part[t-py:b-py, l-px:r-px]
 
 # %% ../nbs/02_slide.ipynb #f669181a
-_TILE_CACHE = 12*2**20  # bytes of decoded tiles a thread keeps: 64 tiles of 256 px, a square of four patches
+_TILE_CACHE = 12*2**20  # bytes of decoded tiles a thread keeps: 64 tiles of 256 px, a square of four patches; but nine at least
 
 @patch
 def region(self:_NativeTiles,
-    x:int, y:int,  # level px of the box's top-left corner
-    out:np.ndarray,  # uint8 (h, w, 3) to fill: a box inside the level
-    tiles:dict,  # decoded tiles of this thread
-):
-    "Copy a box from its tiles, decoding those not in `tiles`"
-    (tw, th), (h, w) = self.tile, out.shape[:2]
-    for at in product(range(x//tw, (x + w - 1)//tw + 1), range(y//th, (y + h - 1)//th + 1)):
+    scratch:_Scratch,  # memory of this thread
+    box:tuple,  # (x0, y0, x1, y1) in pixels of the level
+) -> np.ndarray:  # uint8 (y1-y0, x1-x0, 3), white outside the level; good until the next call
+    "A box from its tiles, decoding those that are not at hand"
+    (x0, y0, x1, y1), (w, h), (tw, th), tiles = box, self.size, self.tile, scratch.tiles
+    out = scratch.room('window', (y1 - y0, x1 - x0, 3))
+    l, t, r, b = max(x0, 0), max(y0, 0), min(x1, w), min(y1, h)
+    if (l, t, r, b) != box: out.fill(255)
+    for at in product(range(l//tw, -(-r//tw)), range(t//th, -(-b//th))) if r > l and b > t else ():
         tile = tiles.pop(at, None)
         if tile is None:
-            full = len(tiles)*tw*th*3 >= _TILE_CACHE
+            full = len(tiles) >= max(9, _TILE_CACHE//(tw*th*3))
             tile = tiles.pop(next(iter(tiles))) if full else _memory((th, tw, 3))
             self.decode(*at, tile)
         tiles[at] = tile
-        _paste(out, x, y, tile, at[0]*tw, at[1]*th)
+        _paste(out[t-y0:b-y0, l-x0:r-x0], l, t, tile, at[0]*tw, at[1]*th)
+    return out
 
 # %% ../nbs/02_slide.ipynb #f53eccce
 @patch
 def whole(self:_NativeTiles,
     corners:np.ndarray,  # float (N, 2) level px of each field's top-left corner
     step:tuple,  # (x, y) level px per target px
-    size:tuple,  # (w, h) of the level
     side:int,  # px of a field
 ) -> tuple:  # level px along a target px; bool (N,)
     "Fields whose pixels are whole blocks of each tile's, all inside the level"
     k = max(1, round(step[0]))
     if max(abs(s - k) for s in step) > 1e-9 or any(t % k for t in self.tile): return k, np.zeros(len(corners), bool)
-    return k, ((corners % k == 0) & (corners >= 0) & (corners + k*side <= size)).all(1)
+    return k, ((corners % k == 0) & (corners >= 0) & (corners + k*side <= self.size)).all(1)
 
 # %% ../nbs/02_slide.ipynb #2da0a1f0
 @patch
@@ -365,11 +379,11 @@ def runs(self:_NativeTiles,
     corners:dict,  # field -> (x, y), its top-left corner in averaged px
     side:int,  # px of a field
     k:int,  # level px averaged along each side
-) -> list:  # ((row of tiles, which run of it), fields that touch the run), in the order of the file
+) -> list:  # ((row of tiles, which run of it), `corners` of the fields that touch it), in the order of the file
     "Every tile that is needed, in one short run of tiles side by side"
     found, tw, th = {}, self.run*self.tile[0]//k, self.tile[1]//k
     for i, (x, y) in corners.items():
-        for at in product(range(y//th, (y + side - 1)//th + 1), range(x//tw, (x + side - 1)//tw + 1)): found.setdefault(at, []).append(i)
+        for at in product(range(y//th, (y + side - 1)//th + 1), range(x//tw, (x + side - 1)//tw + 1)): found.setdefault(at, {})[i] = (x, y)
     return sorted(found.items())
 
 # %% ../nbs/02_slide.ipynb #a3760a5f
@@ -429,29 +443,6 @@ def _curve_order(
     code = sum(((q[:, a] >> b) & 1) << (2*b + a) for a in (0, 1) for b in range(16))
     return np.argsort(code, kind='stable')
 
-# %% ../nbs/02_slide.ipynb #f7286f6f
-@patch
-def _field(self:WholeSlide,
-    tiles,  # _NativeTiles of the level, or None
-    level:int, x:float, y:float,  # level, and level-0 px of the top-left corner
-    mpp:float,  # target um/px
-    out:np.ndarray,  # uint8 (h, w, 3) to fill
-    scratch:_Scratch,  # memory of this thread
-):
-    "A field from native tiles; from OpenSlide where there are none"
-    m, n = out.shape[:2]
-    if tiles is None:
-        out[:] = self.read(x, y, (n, m), mpp, level)
-        return
-    d, (w, h) = self.level_downsamples[level], self.level_sizes[level]
-    sx, sy, x, y = mpp/self.mpp[0]/d, mpp/self.mpp[1]/d, x/d, y/d
-    x0, y0, x1, y1 = math.floor(x), math.floor(y), math.ceil(x + n*sx - 1e-9), math.ceil(y + m*sy - 1e-9)
-    l, t, r, b = max(x0, 0), max(y0, 0), min(x1, w), min(y1, h)
-    window = scratch.room('window', (y1 - y0, x1 - x0, 3))
-    if (l, t, r, b) != (x0, y0, x1, y1): window.fill(255)
-    if r > l and b > t: tiles.region(l, t, window[t-y0:b-y0, l-x0:r-x0], scratch.tiles)
-    out[:] = _resample(window, (x - x0, y - y0), (sx, sy), (n, m))
-
 # %% ../nbs/02_slide.ipynb #e3b68a7c
 @patch
 def _jobs(self:WholeSlide,
@@ -462,11 +453,12 @@ def _jobs(self:WholeSlide,
     "All that has to be done to fill `out`"
     level, side = self._level_for(mpp), out.shape[2]
     tiles, d = self._native(level), self.level_downsamples[level]
-    k, whole = tiles.whole(coords/d, [mpp/m/d for m in self.mpp], self.level_sizes[level], side) if tiles else (1, np.zeros(len(coords), bool))
+    k, whole = tiles.whole(coords/d, [mpp/m/d for m in self.mpp], side) if tiles else (1, np.zeros(len(coords), bool))
     places, other = np.rint(coords/(d*k)).astype(int).tolist(), np.flatnonzero(~whole)
-    corners = {i: places[i] for i in np.flatnonzero(whole).tolist()}
-    return ([partial(tiles.spread, at, {i: corners[i] for i in who}, k, out) for at, who in (tiles.runs(corners, side, k) if corners else ())] +
-            [partial(self._field, tiles, level, *coords[i].tolist(), mpp, out[i]) for i in other[_curve_order(coords[other])]])
+    runs = tiles.runs({i: places[i] for i in np.flatnonzero(whole)}, side, k) if tiles else []
+    pixels = lambda scratch: partial(tiles.region, scratch) if tiles else partial(self._region, level)
+    one = lambda i, scratch: self._field(pixels(scratch), level, *coords[i].tolist(), mpp, out[i])
+    return [partial(tiles.spread, at, corners, k, out) for at, corners in runs] + [partial(one, i) for i in other[_curve_order(coords[other])]]
 
 # %% ../nbs/02_slide.ipynb #4aa77bd7
 def _take(
@@ -486,13 +478,15 @@ def fields(self:WholeSlide,
     threads:int=1,  # decoding threads
 ) -> np.ndarray:  # uint8 (N, size, size, 3)
     "Many fields as `read` gives them, in the order of `coords`, each JPEG tile decoded about once"
-    coords = np.rint(np.asarray(coords)).astype(np.int64).reshape(-1, 2)
+    coords = np.rint(np.asarray(coords, float)).astype(np.int64) if len(coords) else np.empty((0, 2), np.int64)
+    if coords.ndim != 2 or coords.shape[1] != 2: raise SlideError(f'{self.path.name}: coords of shape {coords.shape}; pass (N, 2)')
     out = np.empty((len(coords), size, size, 3), np.uint8)
-    stretches = [deque(jobs) for jobs in np.array_split(np.array(self._jobs(coords, mpp, out), object), max(1, threads))]
+    jobs = self._jobs(coords, mpp, out)
+    stretches = [deque(part.tolist()) for part in np.array_split(np.arange(len(jobs)), max(1, threads))]
     def some(mine):
         scratch = _Scratch()
         try:
-            while job := _take(mine, stretches): job(scratch)
+            while (i := _take(mine, stretches)) is not None: jobs[i](scratch)
         except BaseException:
             for s in stretches: s.clear()  # nobody begins another
             raise
@@ -520,15 +514,9 @@ def thumbnail(self:WholeSlide,
 ) -> np.ndarray:  # uint8 (H, W, 3); pixel (i, j) covers level-0 px [j, j+1) x mpp / slide mpp
     "The whole slide at exactly `mpp`; the last row and column may reach over the border, into white"
     W, H = (max(1, math.ceil(s*m/mpp - 1e-6)) for s, m in zip(self.size, self.mpp))
-    level = self._overview_level(mpp)
-    step = mpp/min(self.mpp)/self.level_downsamples[level]
-    block, tiles = max(1, int(1024/step)), self._native(level, quiet=True)
-    out = np.empty((H, W, 3), np.uint8)
-    for j in range(0, H, block):
-        for i in range(0, W, block):
-            n, m = min(block, W - i), min(block, H - j)
-            x, y = i*mpp/self.mpp[0], j*mpp/self.mpp[1]
-            self._field(tiles, level, x, y, mpp, out[j:j+m, i:i+n], _Scratch())
+    level, out = self._overview_level(mpp), np.empty((H, W, 3), np.uint8)
+    tiles = self._native(level, quiet=True)
+    self._field(partial(tiles.region, _Scratch()) if tiles else partial(self._region, level), level, 0, 0, mpp, out)
     return out
 
 # %% ../nbs/02_slide.ipynb #be8ddf2d

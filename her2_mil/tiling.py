@@ -576,14 +576,23 @@ def plot_grid(
     ax.set(xlabel='mm', ylabel='mm')
     return ax
 
-# %% ../nbs/03_tiling.ipynb #08cb4b6e
+# %% ../nbs/03_tiling.ipynb #b7f79702
 def _magnification(
     mpp:float,  # um/px
-) -> int:  # 40 for 0.2 to 0.3 um/px, say
-    "Magnification as TRIDENT bins um/px"
-    for below, power in ((.16, 80), (.2, 60), (.3, 40), (.6, 20), (1.2, 10), (2.4, 5)):
-        if mpp < below: return power
+) -> int:  # 40 for 0.25 um/px
+    "Magnification as TRIDENT converts it"
     return max(1, round(10/mpp))
+
+# %% ../nbs/03_tiling.ipynb #08cb4b6e
+def _layout(
+    slide:WholeSlide,  # the slide that patches are on
+    spec:TileSpec,  # what a patch is
+) -> dict:  # attributes of a dataset `coords`
+    "What a file says about slide and patches, in TRIDENT's words and ours"
+    (mpp, _), (w, h) = slide.mpp, slide.size
+    return dict(patch_size=spec.patch, patch_size_level0=round(spec.patch*spec.mpp/mpp), overlap=spec.overlap, name=slide.name,
+                level0_magnification=_magnification(mpp), target_magnification=_magnification(spec.mpp), level0_width=w, level0_height=h,
+                mpp=float(mpp), target_mpp=float(spec.mpp), tile_spec=spec.to_json())
 
 # %% ../nbs/03_tiling.ipynb #d2d6d430
 def write_coords(
@@ -595,9 +604,7 @@ def write_coords(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    attrs = dict(patch_size=grid.spec.patch, patch_size_level0=grid.patch_size_level0, overlap=grid.spec.overlap, name=slide.name,
-                 level0_magnification=_magnification(slide.mpp[0]), target_magnification=_magnification(grid.spec.mpp),
-                 level0_width=slide.size[0], level0_height=slide.size[1], mpp=slide.mpp[0], target_mpp=grid.spec.mpp, tile_spec=grid.spec.to_json())
+    attrs = _layout(slide, grid.spec)
     with h5py.File(part, 'w') as f:
         f.create_dataset('coords', data=grid.coords).attrs.update(attrs)
         f.attrs.update(attrs)

@@ -4,7 +4,6 @@ import shutil
 import struct
 
 import cv2
-import h5py
 import imagecodecs
 import numpy as np
 import pytest
@@ -12,8 +11,9 @@ import tifffile
 from PIL import Image
 from hypothesis import given, settings, strategies as st
 
-from her2_mil.slide import SlideError, WholeSlide, _NativeTiles, slide_sha256
-from her2_mil.tiling import TileSpec, read_patches, read_roi, tile_slide, tissue_mask, write_coords
+from her2_mil.embedding import _grid_coords
+from her2_mil.slide import SlideError, WholeSlide, _NativeTiles, _resample, slide_sha256
+from her2_mil.tiling import TileSpec, _layout, _survey_one, read_patches, read_roi, tile_slide, tissue_mask
 
 
 def test_missing_tiles_and_edge_tiles_read_as_openslide_does(tmp_path):
@@ -77,24 +77,96 @@ def test_openslide_reads_what_the_fast_path_does_not(tmp_path):
         assert (a[0] == px[20:84, 10:74]).all()
 
 
-@pytest.mark.parametrize('threads, kept', [(1, 0), (3, 0), (1, .6), (3, .9)])
-def test_a_damaged_tile_is_named_and_stops_all_threads(tmp_path, threads, kept, monkeypatch):
-    "Every tile but the first is overwritten from some byte on: the first error ends the reading, whichever thread meets it"
-    px = np.random.default_rng(0).integers(0, 255, (1024, 1024, 3), dtype=np.uint8)
-    tifffile.imwrite(tmp_path/'torn.tif', px, tile=(128, 128), photometric='rgb', compression='jpeg', metadata=None, resolution=(1e4/.5,)*2, resolutionunit='CENTIMETER')
+def pyramid(path, px, mpp, downsamples=(1,), tile=(128, 128), resolution=None, **how):
+    "A tiled JPEG TIFF of level 0 and what is averaged from it; the pixels of the levels as the file has them"
+    with tifffile.TiffWriter(path) as t:
+        for d in downsamples:
+            size = px.shape[1]//d, px.shape[0]//d
+            t.write(cv2.resize(px, size, interpolation=cv2.INTER_AREA), tile=tile, photometric='rgb', compression='jpeg', metadata=None, subfiletype=int(d > 1),
+                    resolution=resolution or (1e4/mpp,)*2, resolutionunit='CENTIMETER', **(how if d == 1 else {}))
+    with tifffile.TiffFile(path) as t: return [p.asarray() for p in t.pages]
+
+
+@pytest.mark.parametrize('threads, kept, level', [(1, 0, 0), (3, 0, 0), (1, .6, 1), (3, .9, 1)])
+def test_a_damaged_tile_is_named_and_stops_all_threads(tmp_path, threads, kept, level, monkeypatch):
+    "One tile is overwritten from some byte on: its place is named on level 0, and nobody reads to the end"
+    px = np.random.default_rng(0).integers(0, 255, (2048, 2048, 3), dtype=np.uint8)
+    pyramid(tmp_path/'torn.tif', px, .5, (1, 2), tile=(64, 64))
     read = []
     monkeypatch.setattr(_NativeTiles, 'decode', lambda *args, old=_NativeTiles.decode: (read.append(1), old(*args)))
     with WholeSlide(tmp_path/'torn.tif') as s:
-        tiles = s._native(0)
+        tiles, side, mpp = s._native(level), 64*2**level, .5*2**level
+        tiles.run, bad = 2, 3*tiles.across + 5
         with open(tmp_path/'torn.tif', 'r+b') as f:
-            for o, n in zip(tiles.offsets[1:], tiles.counts[1:]):
-                f.seek(int(o) + int(n*kept))
-                f.write(bytes(int(n) - int(n*kept)))
-        for shift, mpp in ((0, .5), (20, .7)):  # runs of whole tiles; fields one by one
+            n = int(tiles.counts[bad])
+            f.seek(int(tiles.offsets[bad]) + int(n*kept))
+            f.write(bytes(n - int(n*kept)))
+        for shift, ratio in ((0, 2), (20, 1.9)):  # runs of whole tiles; fields one by one
             read.clear()
-            at = np.mgrid[0:896:128, 0:896:128].reshape(2, -1).T + shift
-            with pytest.raises(SlideError, match=r'cannot decode the tile at \(\d+, \d+\), level 0'): s.fields(at, 128, mpp, threads)
-            assert len(read) <= 2*threads
+            at = np.mgrid[5:13, 3:11].reshape(2, -1).T*side + shift  # what this thread begins with
+            with pytest.raises(SlideError, match=fr'cannot decode the tile at \({5*side}, {3*side}\), level {level}'): s.fields(at, 32, mpp*ratio, threads)
+            assert len(read) < len(at)
+
+
+def test_levels_whose_size_is_rounded_lie_where_level_0_does(tmp_path):
+    "OpenSlide averages the ratios of width and height to one downsample and divides by it: what it is asked for is multiplied by the same"
+    px = cv2.resize(np.random.default_rng(0).integers(0, 255, (32, 624, 3), dtype=np.uint8), (20_000, 1003), interpolation=cv2.INTER_CUBIC)
+    page = pyramid(tmp_path/'wide.tif', px, .25, (1, 4))[1]
+    with WholeSlide(tmp_path/'wide.tif') as s:
+        assert s._osr.level_downsamples[1] > 4.001 and s.level_downsamples[1] == 4
+        for x in (400, 4000, 12000, 19000):
+            for found in (s.read(x, 400, 100, 1.2, level=1), s.fields([(x, 400)], 100, 1.2)[0]):
+                error = [np.abs(found.astype(int) - _resample(page, (x/4 + shift, 100), (1.2, 1.2), (100, 100))).mean() for shift in (0, -1, 1)]
+                assert error[0] < min(error[1:])/3
+
+
+def test_fields_of_levels_and_of_unequal_um_per_px(tmp_path):
+    "Three levels, x finer than y: whole blocks in one direction only are none"
+    px = np.random.default_rng(1).integers(0, 255, (1792, 1344, 3), dtype=np.uint8)
+    for ratio in (1., 1.08, 2.):
+        pyramid(tmp_path/'p.tif', px, .25, (1, 4, 16), tile=(112, 96), resolution=(4e4, 4e4/ratio))
+        with WholeSlide(tmp_path/'p.tif') as s:
+            assert s.mpp == pytest.approx((.25, .25*ratio)) and len(s.level_sizes) == 3
+            for mpp in (.5, 1., 1.3, 2., 4.5):
+                at = np.array([(0, 0), (64, 128), (65, 131), (900, 900), (-40, 60), (1300, 1700), (1345, 5), (-9999, 3)])
+                assert (s.fields(at, 40, mpp, 2) == np.stack([s.read(*c.tolist(), 40, mpp) for c in at])).all()
+
+
+def test_a_missing_tile_of_an_aperio_level_is_made_from_a_finer_one(tmp_path):
+    "As OpenSlide does it; on level 0 there is none finer"
+    px = np.full((1024, 1024, 3), 128, np.uint8)
+    pyramid(tmp_path/'a.svs', px, .25, (1, 4), description='Aperio Image Library v11\n1024x1024 (128x128) JPEG/RGB|AppMag = 40|MPP = 0.25')
+    with tifffile.TiffFile(tmp_path/'a.svs', mode='r+b') as t:
+        counts = t.pages[1].tags['TileByteCounts']
+        counts.overwrite([0, *counts.value[1:]])
+    with WholeSlide(tmp_path/'a.svs') as s:
+        assert s.properties['openslide.vendor'] == 'aperio' and s._native(0) is not None
+        with pytest.warns(UserWarning, match='missing tiles'): assert np.abs(s.fields([(0, 0)], 64, 1.2)[0].astype(int) - 128).max() < 9
+
+
+@pytest.mark.parametrize('tile', [64, 512])
+def test_tiles_are_kept_for_the_fields_that_follow(tmp_path, tile, monkeypatch):
+    "Fields at an odd ratio, and a thumbnail: a tile is decoded little more than once, small or large"
+    pyramid(tmp_path/'s.tif', np.zeros((2048, 2048, 3), np.uint8), .25, tile=(tile, tile))
+    read = []
+    monkeypatch.setattr(_NativeTiles, 'decode', lambda self, tx, ty, into, old=_NativeTiles.decode: (read.append((tx, ty)), old(self, tx, ty, into)))
+    with WholeSlide(tmp_path/'s.tif') as s:
+        for once in (lambda: s.fields(np.mgrid[1:1900:100, 1:1900:100].reshape(2, -1).T, 50, .55), lambda: s.thumbnail(7.3)):
+            read.clear()
+            once()
+            assert len(set(read)) >= .8*(2048//tile)**2 and len(read) <= 1.6*len(set(read))
+
+
+def test_bytes_behind_a_tile_and_coords_of_another_shape(tmp_path):
+    "A count that is one too long is read as OpenSlide reads it; three numbers are no corner"
+    pyramid(tmp_path/'s.tif', np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8), .5)
+    with tifffile.TiffFile(tmp_path/'s.tif', mode='r+b') as t:
+        counts = t.pages[0].tags['TileByteCounts']
+        counts.overwrite([n + 1 for n in counts.value[:-1]] + [counts.value[-1]])
+    with WholeSlide(tmp_path/'s.tif') as s:
+        assert (s.fields([(9, 9)], 99, .5)[0] == s.read(9, 9, 99, .5)).all()
+        for odd in ([(1, 2, 3), (4, 5, 6)], [1, 2]):
+            with pytest.raises(SlideError, match='pass \\(N, 2\\)'): s.fields(odd, 9, .5)
 
 
 def dicom_level(path, px, mpp, series, level):
@@ -252,24 +324,43 @@ def test_mirax_tissue_is_tiled_and_what_was_not_imaged_is_not(mirax, tmp_path, f
         assert len(grid) >= 6 and (inside > .45).all() and np.abs(inside - grid.tissue).max() < .06
 
 
-def test_a_mirax_file_without_its_folder_is_refused(tmp_path):
-    "Scanners write a small JPEG as the .mrxs file: it must not pass for the slide, even where the manifest has um/px"
-    Image.fromarray(np.full((90, 120, 3), 240, np.uint8)).save(tmp_path/'case.jpg')
-    (tmp_path/'case.jpg').rename(tmp_path/'case.mrxs')
-    with pytest.raises(SlideError, match='folder case'): WholeSlide(tmp_path/'case.mrxs', mpp=.25)
+def test_a_mirax_file_without_its_folder_is_refused(tmp_path, mirax):
+    "Scanners write a small JPEG as the .mrxs file: neither it nor a TIFF of that name must pass for the slide, even where the manifest has um/px"
+    Image.fromarray(np.full((90, 120, 3), 240, np.uint8)).save(tmp_path/'case.mrxs', 'jpeg')
+    pyramid(tmp_path/'other.mrxs', np.zeros((300, 300, 3), np.uint8), .25)
+    shutil.copytree(mirax[0].with_suffix(''), tmp_path/'LOUD')
+    (tmp_path/'LOUD.MRXS').touch()
+    for name in ('case.mrxs', 'other.mrxs', 'LOUD.MRXS'):
+        with pytest.raises(SlideError, match='beside it a folder'): WholeSlide(tmp_path/name, mpp=.25)
 
 
 def test_a_qupath_annotation_of_a_mirax_slide_lies_on_its_tissue(mirax, tmp_path):
-    "QuPath counts pixels from the scanned part, we from the scanner's field"
-    ring = [[x - 477, y] for x, y in [(1440, 200), (2300, 200), (2300, 1300), (1440, 1300), (1440, 200)]]
-    (tmp_path/'roi.geojson').write_text(json.dumps(dict(type='Polygon', coordinates=[ring])))
+    "QuPath counts pixels from the scanned part, we from the scanner's field: for the grid, the dry run and the features"
+    x, y = [1440, 2300], [200, 1300]
+    ring = [[a - 477, b] for a, b in [(x[0], y[0]), (x[1], y[0]), (x[1], y[1]), (x[0], y[1]), (x[0], y[0])]]
+    (tmp_path/'roi.geojson').write_text(json.dumps(dict(type='Feature', properties=dict(classification=dict(name='Tumor')), geometry=dict(type='Polygon', coordinates=[ring]))))
+    row = dict(slide_id='case', uri='case.mrxs', roi='roi.geojson', sha256=None, mpp=None)
+    shutil.copy(mirax[0], tmp_path), shutil.copytree(mirax[0].with_suffix(''), tmp_path/'case')
     with WholeSlide(mirax[0]) as s:
         assert s.origin == (477, 0)
-        assert read_roi(tmp_path/'roi.geojson', classes=None, origin=s.origin).bounds == (1440, 200, 2300, 1300)
+        roi = read_roi(tmp_path/'roi.geojson', origin=s.origin)
+        assert roi.bounds == (x[0], y[0], x[1], y[1])
+        grid = tile_slide(s, roi=roi)
+        assert len(grid) and (_grid_coords(s, row, TileSpec(), 0, tmp_path, 0) == grid.coords).all()
+    with pytest.warns(UserWarning, match='read by OpenSlide'): assert _survey_one(row, tmp_path, TileSpec(), None)[0]['patches'] == len(grid)
 
 
-def test_a_scan_of_a_20x_objective_at_a_quarter_um_is_40x_to_trident(mirax, tmp_path):
-    "3DHISTECH scans 0.25 um/px through a 20x objective; TRIDENT reads level 0 in the ratio of the two magnifications"
-    with WholeSlide(mirax[0]) as s, h5py.File(write_coords(tmp_path/'c.h5', tile_slide(s), s)) as f:
-        a = f['coords'].attrs
-        assert a['patch_size']*a['level0_magnification'] == a['patch_size_level0']*a['target_magnification']
+@pytest.mark.parametrize('bounds, origin', [(('5', '-7', '10', '20'), (5, -7)), (('5', '7', '10', None), (0, 0)), (('', '7', '10', '20'), (0, 0)), (('1.5', '7', '10', '20'), (0, 0))])
+def test_bounds_are_taken_as_qupath_takes_them(mirax, bounds, origin):
+    "All four whole numbers, or none of them"
+    with WholeSlide(mirax[0]) as s:
+        s.properties = {f'openslide.bounds-{k}': v for k, v in zip(('x', 'y', 'width', 'height'), bounds) if v is not None}
+        assert s.origin == origin
+
+
+@pytest.mark.parametrize('mpp, target', [(.25, .5), (.2199, .5), (.2527, .5), (.2999, .5), (.32, .5), (.499, .5), (.25, .35), (.25, .6), (.25, 1.)])
+def test_trident_reads_our_fields(mirax, mpp, target):
+    "It takes a patch's side on level 0 from the ratio of the two magnifications; whole numbers, so to a few percent; whatever the objective"
+    with WholeSlide(mirax[0], mpp=mpp) as s: a = _layout(s, TileSpec(mpp=target))
+    assert s.properties['openslide.objective-power'] == '20'
+    assert a['patch_size']*a['level0_magnification']/a['target_magnification'] == pytest.approx(a['patch_size_level0'], rel=.04)
