@@ -1,4 +1,5 @@
 "Pre-training as a user meets it: files as they are downloaded, a run that is killed, sources that must be alike."
+
 import gzip
 import hashlib
 import os
@@ -6,18 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import torchvision
 
-from her2_mil.embedding import get_embedder, load_weights, weights_folder
+from her2_mil import pretraining, sources
+from her2_mil.embedding import EmbedderError, get_embedder, load_weights, weights_folder
 from her2_mil.phantom import WORLDS
-from her2_mil.pretraining import (PatchSet, SourceError, make_embedder, match_sources, pcam_patches, phantom_pair,
-                                  pretrain, pretrain_matched)
+from her2_mil.pretraining import make_embedder, pretrain
+from her2_mil.sources import PatchSet, SourceError, add_source, match_sources, pcam_patches, phantom_pair
 
 PCAM = torchvision.datasets.PCAM
 
@@ -27,7 +31,15 @@ def patches(n, seed=0, size=64, groups=8, mpp=0.97):
     rng = np.random.default_rng(seed)
     y = np.arange(n) % 2
     images = (rng.integers(0, 128, (n, size, size, 3)) + 100 * y[:, None, None, None]).astype(np.uint8)
-    return PatchSet(images, y, ("dark", "light"), np.array([f"{seed}-{k % groups}" for k in range(n)]), mpp, "noise", "none: computed")
+    return PatchSet(
+        images,
+        y,
+        ("dark", "light"),
+        np.array([f"{seed}-{k % groups}" for k in range(n)]),
+        mpp,
+        "noise",
+        "none: computed",
+    )
 
 
 @pytest.fixture
@@ -39,7 +51,10 @@ def packed_pcam(tmp_path, monkeypatch):
         rng = np.random.default_rng(k)
         truth[split] = rng.integers(0, 256, (n, 96, 96, 3), dtype=np.uint8), np.arange(n, dtype=np.uint8) % 2
         files[split] = {}
-        for part, key, value in (("images", "x", truth[split][0]), ("targets", "y", truth[split][1].reshape(n, 1, 1, 1))):
+        for part, key, value in (
+            ("images", "x", truth[split][0]),
+            ("targets", "y", truth[split][1].reshape(n, 1, 1, 1)),
+        ):
             name, google, _ = PCAM._FILES[split][part]
             with h5py.File(folder / name, "w") as f:
                 f[key] = value
@@ -59,7 +74,36 @@ def test_pcam_from_packed_files(packed_pcam):
         theirs = PCAM(root, split)
         assert (np.array(theirs[3][0]) == got.images[3]).all() and theirs[3][1] == got.y[3]
     assert not list((root / "pcam").glob("*.part"))
-    assert make_embedder("pcam", root / "weights", root=root, epochs=1, batch=8).card["valid"]["n"] == 12
+    card = make_embedder("pcam", root / "weights", root=root, epochs=1, batch=8).card
+    assert (card["source"], card["licence"], card["mpp"], card["valid"]["n"]) == (
+        "PatchCamelyon train",
+        "CC0 1.0",
+        0.97,
+        12,
+    )
+
+
+def test_pcam_meta_file_names_the_slides(packed_pcam):
+    root, _ = packed_pcam
+    pcam_patches(root, "val")
+    meta = root / "pcam" / PCAM._FILES["val"]["images"][0].replace("_x.h5", "_meta.csv")
+    meta.write_text("\n".join(["wsi", *(f"camelyon16_train_normal_{k // 6:03d}" for k in range(12))]))
+    assert sorted(set(pcam_patches(root, "val").groups)) == [
+        "camelyon16_train_normal_000",
+        "camelyon16_train_normal_001",
+    ]
+    meta.write_text("wsi\none_only\n")
+    with pytest.raises(SourceError, match=r"names the slides \(column wsi\) of 1 patches"):
+        pcam_patches(root, "val")
+
+
+def test_pcam_refused_by_its_host(tmp_path, monkeypatch):
+    def quota(*args, **kwargs):
+        raise RuntimeError("The daily quota of the file camelyonpatch is exceeded and it can't be downloaded.")
+
+    monkeypatch.setattr(PCAM, "_download", quota)
+    with pytest.raises(SourceError, match="the download from Google Drive failed .The daily quota.*licence CC0 1.0"):
+        pcam_patches(tmp_path, "test", download=True)
 
 
 def test_pcam_damaged_in_transit(packed_pcam):
@@ -83,8 +127,13 @@ pretrain(patches(256), patches(32, 1), sys.argv[1], 'noise', epochs=int(sys.argv
 
 def start(folder, epochs):
     env = os.environ | dict(OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, "-c", RUN, str(folder), str(Path(__file__).parent), str(epochs)], env=env,
-                            cwd=Path(__file__).resolve().parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(folder), str(Path(__file__).parent), str(epochs)],
+        env=env,
+        cwd=Path(__file__).resolve().parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_killed_and_taken_up(tmp_path):
@@ -100,7 +149,7 @@ def test_killed_and_taken_up(tmp_path):
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (out / "card.json").exists()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(EmbedderError):
         get_embedder(out)
     again = start(tmp_path / "killed", epochs)
     assert again.wait(300) == 0, again.stderr.read().decode()
@@ -125,12 +174,14 @@ def test_matched_design_of_every_world():
 
 def test_one_start_for_all_sources(tmp_path):
     pairs = {k: (patches(64, s), patches(16, s + 10)) for k, s in (("a", 0), ("b", 1))}
-    table = pretrain_matched(pairs, tmp_path, seeds=(0, 1), epochs=1, batch=16)
-    cards = [load_weights(f)[1] for f in table.folder]
-    start = pd.Series([c["parent"]["sha256"] for c in cards]).groupby(table.seed).unique()
+    folders = [
+        pretrain(*pair, tmp_path, name, seed, epochs=1, batch=16) for seed in (0, 1) for name, pair in pairs.items()
+    ]
+    cards = [load_weights(f)[1] for f in folders]
+    start = pd.Series([c["parent"]["sha256"] for c in cards]).groupby([c["seed"] for c in cards]).unique()
     assert [len(s) for s in start] == [1, 1] and start[0][0] != start[1][0]
-    assert table.steps.nunique() == 1
-    assert len({(f / "model.safetensors").read_bytes() for f in table.folder}) == 4
+    assert len({c["steps"] for c in cards}) == 1
+    assert len({(f / "model.safetensors").read_bytes() for f in folders}) == 4
 
 
 def test_a_copy_is_no_new_patch():
@@ -160,3 +211,85 @@ def test_worlds_table(root):
     assert trained[["auc_slide", "auc_bearing"]].stack().between(0, 1).all()
     assert not trained.duplicated(["source", "world", "pretrain_seed", "cohort"]).any()
     assert not 9001 in set(t.cohort), "the rate was chosen on that cohort"
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    "Counts the trainings that really run."
+    seen, fit = [], pretraining._fit
+    monkeypatch.setattr(pretraining, "_fit", lambda *a: seen.append(1) or fit(*a))
+    return seen
+
+
+def test_weights_follow_what_makes_them(tmp_path, fits, monkeypatch):
+    "Reused for the same pixels, seeds, recipe and code; made anew where any of them differs, if only one pixel late in the set."
+    train, valid, settings = patches(600, size=64), patches(16, 1), dict(epochs=1, batch=300, folder=tmp_path)
+    pretrain(train, valid, **settings)
+    pretrain(train, valid, **settings)
+    assert len(fits) == 1
+    images = train.images.copy()
+    images[501, 3, 3, 1] ^= 1
+    changes = [dict(train=replace(train, images=images)), dict(lr=2e-3), dict(start_seed=1), dict(order_seed=1)]
+    for k, change in enumerate(changes, 2):
+        pretrain(**dict(train=train, valid=valid, **settings) | change)
+        assert len(fits) == k, f"{list(change)}: old weights were taken"
+    monkeypatch.setattr(pretraining, "code_sha256", lambda *f: "another")
+    pretrain(train, valid, **settings, order_seed=1)
+    assert len(fits) == len(changes) + 2
+
+
+def test_named_phantom_source_follows_the_renderer(tmp_path, fits, monkeypatch):
+    "Another renderer: patches are made again, and their pixels decide."
+    few = dict(source=dict(n=48, n_valid=24), epochs=1, weights=tmp_path)
+    made = make_embedder("phantom-natural", **few).sha256
+    monkeypatch.setattr(pretraining, "RENDERER", 99)
+    assert make_embedder("phantom-natural", **few).sha256 == made and len(fits) == 1
+    monkeypatch.setattr(sources, "phantom_source", lambda *a, **k: 1 / 0)
+    assert make_embedder("phantom-natural", **few).sha256 == made, "the card took note of the new request"
+    monkeypatch.undo()
+    assert make_embedder("phantom-natural", **few, patch_seed=1).sha256 != made
+    assert make_embedder("phantom-natural", **few, precision="float32").card["recipe"]["precision"] == "float32"
+
+
+def test_named_real_source_follows_its_files(packed_pcam, fits):
+    "A file that was only touched is read again; one that holds another pixel is learned from again."
+    root, _ = packed_pcam
+    ask = dict(weights=root / "weights", root=root, epochs=1, batch=8)
+    first = make_embedder("pcam", **ask)
+    file = root / "pcam" / PCAM._FILES["train"]["images"][0]
+    os.utime(file, ns=(1, 1))
+    assert make_embedder("pcam", **ask).sha256 == first.sha256 and len(fits) == 1
+    with h5py.File(file, "r+") as f:
+        f["x"][20, 0, 0, 0] ^= 1
+    os.utime(file, ns=(2, 2))
+    make_embedder("pcam", **ask)
+    assert len(fits) == 2
+    assert make_embedder("pcam", weights=root / "weights").card["valid"]["n"] == 12 and len(fits) == 2
+
+
+def test_a_source_of_ones_own(tmp_path, fits):
+    "Added by a function; kept for the same code, options and files, made anew for others."
+    options = dict(weights=tmp_path / "weights", root=tmp_path / "mine", epochs=1)
+    (tmp_path / "mine").mkdir()
+    add_source("mine", lambda root, seed, n=32: (patches(n, seed), patches(8, seed + 50)))
+    try:
+        assert make_embedder("mine", **options).sha256 == make_embedder("mine", **options).sha256
+        assert len(fits) == 1
+        make_embedder("mine", **options, source=dict(n=48))
+        assert len(fits) == 2
+        (tmp_path / "mine" / "new.txt").write_text("other files, same patches")
+        make_embedder("mine", **options, source=dict(n=48))
+        assert len(fits) == 2
+        add_source("mine", lambda root, seed, n=32: (patches(n, seed + 1), patches(8, seed + 51)))
+        make_embedder("mine", **options, source=dict(n=48))
+        assert len(fits) == 3
+    finally:
+        pretraining.SOURCES.pop("mine")
+
+
+def test_no_foreign_or_damaged_checkpoint_is_taken_up(tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    torch.save(dict(identity="another run", notes=[1, 2]), checkpoint)
+    assert pretraining._take_up(checkpoint, "this run") == []
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    assert pretraining._take_up(checkpoint, "this run") == []
