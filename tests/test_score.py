@@ -1,4 +1,5 @@
 "her2_mil_score as a user calls it, on good input and bad."
+
 import json
 import subprocess
 import sys
@@ -15,7 +16,9 @@ COMMAND = str(Path(sys.executable).parent / "her2_mil_score")
 
 
 def score(*args, cwd):
-    return subprocess.run([COMMAND, *map(str, args)], cwd=cwd, env=QUIET, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        [COMMAND, *map(str, args)], cwd=cwd, env=QUIET, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
 
 
 def refused(result, *words):
@@ -61,9 +64,61 @@ def test_no_um_per_px(done, tmp_path):  # noqa: F811
 
 
 def test_no_tissue(done, tmp_path):  # noqa: F811
-    write_tiff(tmp_path / "glass.tif", np.full((1024, 1024, 3), 244, np.uint8), resolution=(20000, 20000), resolutionunit="CENTIMETER")
+    write_tiff(
+        tmp_path / "glass.tif",
+        np.full((1024, 1024, 3), 244, np.uint8),
+        resolution=(20000, 20000),
+        resolutionunit="CENTIMETER",
+    )
     refused(score("glass.tif", "--model", done / "runs/phantom/model", cwd=tmp_path), "glass.tif", "tissue")
     assert [p.name for p in tmp_path.iterdir()] == ["glass.tif"]
+
+
+def test_two_slides_of_one_name_give_two_heatmaps(done, tmp_path):  # noqa: F811
+    for place, seed in (("a", 11), ("b", 12)):
+        (tmp_path / place).mkdir()
+        phantom_slide(tmp_path / place / "HE.tif", 2, seed, SMALL)
+    for place in "aba":
+        result = score(f"{place}/HE.tif", "--model", done / "runs/phantom/model", "--out", "maps", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "maps").iterdir())) == 2
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(done, tmp_path):  # noqa: F811
+    phantom_slide(tmp_path / "slide.tif", 2, 11, SMALL)
+    (tmp_path / "notafolder").touch()
+    model = done / "runs/phantom/model"
+    refused(
+        score("slide.tif", "--model", model, "--out", "notafolder", cwd=tmp_path),
+        "notafolder",
+        "is a file where a folder is needed",
+    )
+    refused(score("slide.tif", "--model", model, "--out", "notafolder/deeper", cwd=tmp_path), "is a file")
+    refused(score("slide.tif", "--model", tmp_path / "slide.tif", cwd=tmp_path), "is no model folder")
+
+
+@pytest.mark.parametrize("text", ["0,5", "0.5um", "0", "-1", "nan", "inf", "0.25,0.5", ""])
+def test_mpp_that_is_no_number(tmp_path, text):
+    refused(score("slide.tif", f"--mpp={text}", cwd=tmp_path), "--mpp", "decimal point")
+
+
+def test_help_says_that_mpp_overrides_and_is_quick(tmp_path):
+    result = score("--help", cwd=tmp_path)
+    assert result.returncode == 0 and "in place of what its file says" in result.stdout
+    heavy = "import sys, her2_mil.score; print([m for m in ('torch', 'pandas', 'fastai', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", heavy], env=QUIET, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_warnings_are_sentences(capsys):
+    import warnings
+
+    from her2_mil.score import warnings_as_sentences
+
+    told = []
+    with warnings_as_sentences(told.append):
+        for _ in range(2):
+            warnings.warn("a slide\nlacks a level", UserWarning, stacklevel=1)
+    assert told == ["a slide lacks a level"] and not capsys.readouterr().err
 
 
 def test_no_model(tmp_path):

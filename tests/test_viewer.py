@@ -1,36 +1,47 @@
 "The attention viewer: what is in the file, and what a browser makes of it."
+
 import base64, hashlib, json, re, shutil, subprocess, tempfile, time, urllib.request
 from pathlib import Path
 
 import numpy as np, pytest
 from her2_mil.attention import relative_attention, write_viewer
 
-HOSTILE = '</title><script>alert(1)</script><img src=x onerror=alert(2)>"\'&'
+HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 SIZE, PATCH = (4000, 3000), 500
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def slide():
     "A grid of patches that leaves a border free, with weights that rise to the right."
     x, y = np.meshgrid(np.arange(500, 3500, PATCH), np.arange(500, 2500, PATCH))
     coords = np.stack([x.ravel(), y.ravel()], 1)
-    weights = np.exp(coords[:, 0]/1000 + coords[:, 1]/7000)
+    weights = np.exp(coords[:, 0] / 1000 + coords[:, 1] / 7000)
     thumbnail = np.full((300, 400, 3), 240, dtype=np.uint8)
     thumbnail[50:250, 50:350] = (220, 170, 205)
     return thumbnail, coords, weights / weights.sum()
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def viewer(slide, tmp_path_factory):
     thumbnail, coords, weights = slide
-    return write_viewer(tmp_path_factory.mktemp('viewer')/'viewer.html', thumbnail, coords, weights, PATCH, SIZE, 0.25,
-                        title=HOSTILE, probabilities=[0.1, 0.2, 0.3, 0.4], model={'embedder': HOSTILE, HOSTILE: 'a'*200})
+    return write_viewer(
+        tmp_path_factory.mktemp("viewer") / "viewer.html",
+        thumbnail,
+        coords,
+        weights,
+        PATCH,
+        SIZE,
+        0.25,
+        title=HOSTILE,
+        probabilities=[0.1, 0.2, 0.3, 0.4],
+        model={"embedder": HOSTILE, HOSTILE: "a" * 200},
+    )
 
 
 def test_one_script_that_the_policy_names(viewer):
     page = viewer.read_text()
     scripts = re.findall(r'<script(?: type="application/json" id="data")?>(.*?)</script>', page, re.S)
-    assert len(scripts) == page.count('<script') == 2
+    assert len(scripts) == page.count("<script") == 2
     digest = base64.b64encode(hashlib.sha256(scripts[1].encode()).digest()).decode()
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
     assert f"script-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none'")
@@ -39,89 +50,150 @@ def test_one_script_that_the_policy_names(viewer):
 def test_asks_no_other_host_and_escapes(viewer):
     page = viewer.read_text()
     assert not re.search(r'https?://|(?:src|href)\s*=\s*["\']?//|@import|url\(', page)
-    assert '<img' not in page and '<script>alert' not in page and '&lt;script&gt;alert(1)' in page
+    assert "<img" not in page and "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
 
 
 def test_numbers_survive(viewer, slide):
     _, coords, weights = slide
     data = json.loads(re.search(r'id="data">(.*?)</script>', viewer.read_text(), re.S)[1])
     array = lambda name, kind: np.frombuffer(base64.b64decode(data[name]), kind)
-    np.testing.assert_array_equal(array('xy', '<i4').reshape(-1, 2), coords)
-    np.testing.assert_allclose(array('multiples', '<f4'), relative_attention(weights), rtol=1e-6)
-    np.testing.assert_allclose(array('percentile', '<f4'), relative_attention(weights, 'percentile'), rtol=1e-6)
+    np.testing.assert_array_equal(array("xy", "<i4").reshape(-1, 2), coords)
+    np.testing.assert_allclose(array("multiples", "<f4"), relative_attention(weights), rtol=1e-6)
+    np.testing.assert_allclose(array("percentile", "<f4"), relative_attention(weights, "percentile"), rtol=1e-6)
 
 
 def test_same_input_same_bytes(viewer, slide, tmp_path):
     thumbnail, coords, weights = slide
-    again = write_viewer(tmp_path/'v.html', thumbnail, coords, weights, PATCH, SIZE, 0.25, title=HOSTILE,
-                         probabilities=[0.1, 0.2, 0.3, 0.4], model={'embedder': HOSTILE, HOSTILE: 'a'*200})
+    again = write_viewer(
+        tmp_path / "v.html",
+        thumbnail,
+        coords,
+        weights,
+        PATCH,
+        SIZE,
+        0.25,
+        title=HOSTILE,
+        probabilities=[0.1, 0.2, 0.3, 0.4],
+        model={"embedder": HOSTILE, HOSTILE: "a" * 200},
+    )
     assert again.read_bytes() == viewer.read_bytes()
-    assert [p.name for p in tmp_path.iterdir()] == ['v.html']
+    assert [p.name for p in tmp_path.iterdir()] == ["v.html"]
+
+
+@pytest.fixture(scope="module")
+def oblong(tmp_path_factory):
+    "Two patches of 400 x 200 level-0 px with a gap, on a slide whose pixels are twice as high as wide."
+    grey = np.full((200, 200, 3), 220, dtype=np.uint8)
+    return write_viewer(
+        tmp_path_factory.mktemp("oblong") / "v.html",
+        grey,
+        [[0, 0], [400, 600]],
+        [0.3, 0.7],
+        (400, 200),
+        (800, 800),
+        (0.25, 0.5),
+    )
+
+
+def test_sides_of_patches_and_pixels_stay_two_numbers(oblong):
+    page = oblong.read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert (data["patch"], data["mpp"], data["size"]) == ([400, 200], [0.25, 0.5], [800, 800])
+    assert "--ratio:800/1600" in page, "a slide of 200 x 400 um"
 
 
 class Browser:
     "Headless Chromium through its debugging protocol."
+
     def __init__(self, binary):
-        self.socket = pytest.importorskip('websocket', reason='websocket-client is not installed')
+        self.socket = pytest.importorskip("websocket", reason="websocket-client is not installed")
         self.home = Path(tempfile.mkdtemp())
-        flags = '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'
-        self.process = subprocess.Popen([binary, *flags.split(), '--remote-debugging-port=0', '--remote-allow-origins=*', f'--user-data-dir={self.home}', 'about:blank'],
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+        self.process = subprocess.Popen(
+            [
+                binary,
+                *flags.split(),
+                "--remote-debugging-port=0",
+                "--remote-allow-origins=*",
+                f"--user-data-dir={self.home}",
+                "about:blank",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         port = self._port()
-        pages = json.load(urllib.request.urlopen(f'http://127.0.0.1:{port}/json', timeout=20))
-        self.ws = self.socket.create_connection(next(p for p in pages if p['type'] == 'page')['webSocketDebuggerUrl'], timeout=30)
+        pages = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=20))
+        self.ws = self.socket.create_connection(
+            next(p for p in pages if p["type"] == "page")["webSocketDebuggerUrl"], timeout=30
+        )
         self.count, self.events = 0, []
-        for domain in ('Page', 'Runtime', 'Network', 'Log'): self.call(f'{domain}.enable')
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
 
     def _port(self):
         for _ in range(300):
-            file = self.home/'DevToolsActivePort'
-            if file.exists() and (lines := file.read_text().split()): return lines[0]
+            file = self.home / "DevToolsActivePort"
+            if file.exists() and (lines := file.read_text().split()):
+                return lines[0]
             time.sleep(0.1)
         self.close()
-        pytest.skip('Chromium did not start')
+        pytest.skip("Chromium did not start")
 
     def call(self, method, **params):
         self.count += 1
         self.ws.send(json.dumps(dict(id=self.count, method=method, params=params)))
         while True:
             message = json.loads(self.ws.recv())
-            if message.get('id') == self.count:
-                assert 'error' not in message, message
-                return message['result']
+            if message.get("id") == self.count:
+                assert "error" not in message, message
+                return message["result"]
             self.events.append(message)
 
     def value(self, expression):
-        answer = self.call('Runtime.evaluate', expression=expression, returnByValue=True, awaitPromise=True)
-        assert 'exceptionDetails' not in answer, answer
-        return answer['result'].get('value')
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def open(self, path, width=1280, height=900, dark=False):
         self.events.clear()
-        self.call('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.call('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value='dark' if dark else 'light')])
-        self.call('Page.navigate', url=Path(path).as_uri())
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[dict(name="prefers-color-scheme", value="dark" if dark else "light")],
+        )
+        self.call("Page.navigate", url=Path(path).as_uri())
         for _ in range(100):
-            if self.value('document.readyState === "complete" && typeof img === "object" && img.complete'): break
+            if self.value('document.readyState === "complete" && typeof img === "object" && img.complete'):
+                break
             time.sleep(0.05)
         self.settle()
 
-    def settle(self): self.value('new Promise(f => requestAnimationFrame(() => requestAnimationFrame(() => f(1))))')
+    def settle(self):
+        self.value("new Promise(f => requestAnimationFrame(() => requestAnimationFrame(() => f(1))))")
 
     def key(self, key):
-        for kind in ('keyDown', 'keyUp'): self.call('Input.dispatchKeyEvent', type=kind, key=key, text=key if len(key) == 1 and kind == 'keyDown' else '')
+        for kind in ("keyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 and kind == "keyDown" else ""
+            )
 
     def close(self):
         self.process.terminate()
-        try: self.process.wait(20)
-        except subprocess.TimeoutExpired: self.process.kill(); self.process.wait(20)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(20)
         shutil.rmtree(self.home, ignore_errors=True)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def browser():
-    binary = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if binary is None: pytest.skip('no Chromium on this machine')
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if binary is None:
+        pytest.skip("no Chromium on this machine")
     b = Browser(binary)
     yield b
     b.close()
@@ -133,9 +205,13 @@ PIXELS = '(c => Array.from(c.getContext("2d").getImageData(c.width/2|0, c.height
 
 def test_loads_alone_and_quietly(browser, viewer):
     browser.open(viewer)
-    asked = [e['params']['request']['url'] for e in browser.events if e['method'] == 'Network.requestWillBeSent']
-    assert asked and all(u.startswith(('file:', 'data:')) for u in asked)
-    loud = [e for e in browser.events if e['method'] in ('Runtime.exceptionThrown', 'Page.javascriptDialogOpening', 'Log.entryAdded')]
+    asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert asked and all(u.startswith(("file:", "data:")) for u in asked)
+    loud = [
+        e
+        for e in browser.events
+        if e["method"] in ("Runtime.exceptionThrown", "Page.javascriptDialogOpening", "Log.entryAdded")
+    ]
     assert not loud, loud
     assert browser.value('document.querySelector("h1").textContent') == HOSTILE
     assert browser.value('document.querySelectorAll("img, h1 script").length') == 0
@@ -143,79 +219,115 @@ def test_loads_alone_and_quietly(browser, viewer):
 
 def test_policy_is_enforced(browser, viewer):
     browser.open(viewer)
-    browser.value('void(document.body.append(Object.assign(document.createElement("script"), {textContent: "window.broken = 1"})))')
-    assert browser.value('window.broken === undefined')
-    assert browser.value('fetch("http://127.0.0.1:9/").then(() => "sent", () => "refused")') == 'refused'
-    assert any('Content Security Policy' in e['params']['entry']['text'] for e in browser.events if e['method'] == 'Log.entryAdded')
+    browser.value(
+        'void(document.body.append(Object.assign(document.createElement("script"), {textContent: "window.broken = 1"})))'
+    )
+    assert browser.value("window.broken === undefined")
+    assert browser.value('fetch("http://127.0.0.1:9/").then(() => "sent", () => "refused")') == "refused"
+    assert any(
+        "Content Security Policy" in e["params"]["entry"]["text"]
+        for e in browser.events
+        if e["method"] == "Log.entryAdded"
+    )
 
 
 def test_keyboard_reaches_every_patch(browser, viewer, slide):
     _, coords, weights = slide
     browser.open(viewer)
-    browser.value('view.focus()')
+    browser.value("view.focus()")
     seen = set()
-    for key in ['n']*len(coords):
+    for key in ["n"] * len(coords):
         browser.key(key)
-        seen.add(int(re.match(r'Patch (\d+) of', browser.value(READ))[1]) - 1)
+        seen.add(int(re.match(r"Patch (\d+) of", browser.value(READ))[1]) - 1)
     assert seen == set(range(len(coords)))
-    browser.open(viewer); browser.value('view.focus()'); browser.key('n')
+    browser.open(viewer)
+    browser.value("view.focus()")
+    browser.key("n")
     top = int(np.argmax(weights))
-    assert f'Patch {top + 1} of {len(coords)}' in browser.value(READ) and 'rank 1;' in browser.value(READ)
-    browser.key('ArrowLeft')
-    assert f'x {coords[top, 0] - PATCH}, y {coords[top, 1]} ' in browser.value(READ)
-    browser.key('ArrowUp')
-    assert f'x {coords[top, 0] - PATCH}, y {coords[top, 1] - PATCH} ' in browser.value(READ)
+    assert f"Patch {top + 1} of {len(coords)}" in browser.value(READ) and "rank 1;" in browser.value(READ)
+    browser.key("ArrowLeft")
+    assert f"x {coords[top, 0] - PATCH}, y {coords[top, 1]} " in browser.value(READ)
+    browser.key("ArrowUp")
+    assert f"x {coords[top, 0] - PATCH}, y {coords[top, 1] - PATCH} " in browser.value(READ)
 
 
-@pytest.mark.parametrize('keys', [[], ['+', '+']])
+@pytest.mark.parametrize("keys", [[], ["+", "+"]])
 def test_pointer_reads_the_patch_below_it(browser, viewer, slide, keys):
     _, coords, weights = slide
     browser.open(viewer)
-    browser.value('view.focus()')
-    for k in keys: browser.key(k)
+    browser.value("view.focus()")
+    for k in keys:
+        browser.key(k)
     i = 9
-    x, y = browser.value(f'(r => [r.left + sx({coords[i, 0]} + {PATCH}/2)*r.width/view.width, r.top + sy({coords[i, 1]} + {PATCH}/2)*r.height/view.height])(view.getBoundingClientRect())')
-    browser.call('Input.dispatchMouseEvent', type='mouseMoved', x=x, y=y)
+    x, y = browser.value(
+        f"(r => [r.left + sx({coords[i, 0]} + {PATCH}/2)*r.width/view.width, r.top + sy({coords[i, 1]} + {PATCH}/2)*r.height/view.height])(view.getBoundingClientRect())"
+    )
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     read = browser.value(READ)
-    assert read.startswith(f'Patch {i + 1} of') and f'{relative_attention(weights)[i]:.3g}' in read
+    assert read.startswith(f"Patch {i + 1} of") and f"{relative_attention(weights)[i]:.3g}" in read
+
+
+def test_an_oblong_patch_is_hit_where_it_was_read(browser, oblong):
+    browser.open(oblong)
+    hit = lambda x, y: browser.value(f"at(sx({x}), sy({y}))")
+    assert [hit(200, 100), hit(390, 190), hit(200, 300), hit(600, 700), hit(600, 500)] == [0, 0, -1, 1, -1]
+    high = browser.value("(sy(200) - sy(0))/(sx(400) - sx(0))")
+    assert abs(high - 1) < 1e-6, "400 x 200 px of 0.25 x 0.5 um are square tissue"
 
 
 def test_opacity_and_share_change_the_picture(browser, viewer):
     browser.open(viewer)
-    set_to = lambda name, v: (browser.value(f'{name}.value = {v}; {name}.oninput()'), browser.value(PIXELS))[1]
+    set_to = lambda name, v: (browser.value(f"{name}.value = {v}; {name}.oninput()"), browser.value(PIXELS))[1]
     browser.value('var alphaIn = document.getElementById("alpha"), leastIn = document.getElementById("least")')
-    bare, full = set_to('alphaIn', 0), set_to('alphaIn', 100)
+    bare, full = set_to("alphaIn", 0), set_to("alphaIn", 100)
     assert bare != full
-    assert set_to('leastIn', 1) == bare
-    assert set_to('leastIn', 100) == full
+    assert set_to("leastIn", 1) == bare
+    assert set_to("leastIn", 100) == full
 
 
-@pytest.mark.parametrize('width', [320, 390, 768, 1280])
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
 def test_no_sideways_scroll(browser, viewer, width):
     browser.open(viewer, width=width, height=800)
-    assert browser.value('document.documentElement.scrollWidth') <= width
+    assert browser.value("document.documentElement.scrollWidth") <= width
 
 
 def test_dark_mode_keeps_contrast(browser, viewer):
     for dark in (False, True):
         browser.open(viewer, dark=dark)
-        pairs = browser.value('''["h1", ".note", "#read", "#keys", "button"].map(s => { let e = document.querySelector(s), ink = getComputedStyle(e).color;
-            while (getComputedStyle(e).backgroundColor === "rgba(0, 0, 0, 0)") e = e.parentElement; return [ink, getComputedStyle(e).backgroundColor]; })''')
-        for ink, ground in pairs: assert contrast(ink, ground) >= 4.5, (dark, ink, ground)
+        pairs = browser.value("""["h1", ".note", "#read", "#keys", "button"].map(s => { let e = document.querySelector(s), ink = getComputedStyle(e).color;
+            while (getComputedStyle(e).backgroundColor === "rgba(0, 0, 0, 0)") e = e.parentElement; return [ink, getComputedStyle(e).backgroundColor]; })""")
+        for ink, ground in pairs:
+            assert contrast(ink, ground) >= 4.5, (dark, ink, ground)
 
 
 def contrast(*colours):
     "WCAG 2 contrast ratio of two CSS rgb() colours."
-    linear = lambda v: v/12.92 if v <= 0.04045 else ((v + 0.055)/1.055)**2.4
-    light = sorted(sum(k*linear(int(v)/255) for k, v in zip((0.2126, 0.7152, 0.0722), re.findall(r'\d+', c)[:3])) for c in colours)
+    linear = lambda v: v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
+    light = sorted(
+        sum(k * linear(int(v) / 255) for k, v in zip((0.2126, 0.7152, 0.0722), re.findall(r"\d+", c)[:3]))
+        for c in colours
+    )
     return (light[1] + 0.05) / (light[0] + 0.05)
 
 
 def test_fifty_thousand_patches_stay_quick(browser, tmp_path):
-    x, y = np.meshgrid(np.arange(250)*400, np.arange(200)*400)
+    x, y = np.meshgrid(np.arange(250) * 400, np.arange(200) * 400)
     coords = np.stack([x.ravel(), y.ravel()], 1)
     weights = np.random.default_rng(0).exponential(size=len(coords))
-    page = write_viewer(tmp_path/'large.html', np.full((800, 1000, 3), 230, dtype=np.uint8), coords, weights, 400, (100_000, 80_000), 0.25)
+    page = write_viewer(
+        tmp_path / "large.html",
+        np.full((800, 1000, 3), 230, dtype=np.uint8),
+        coords,
+        weights,
+        400,
+        (100_000, 80_000),
+        0.25,
+    )
     assert page.stat().st_size < 2_000_000
     browser.open(page)
-    assert browser.value('(() => { const t = performance.now(); for (let i = 0; i < 20; i++) at(400, 400); draw(); return performance.now() - t; })()') < 2000
+    assert (
+        browser.value(
+            "(() => { const t = performance.now(); for (let i = 0; i < 20; i++) at(400, 400); draw(); return performance.now() - t; })()"
+        )
+        < 2000
+    )
