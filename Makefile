@@ -6,11 +6,13 @@ VENV       := .venv
 BIN        := $(VENV)/bin
 INSTALLED  := $(VENV)/.installed
 OUT        := runs/$(PROFILE)
+WHEEL      := $(abspath build)/wheel
+QUICK      := tests/test_cohort_properties.py tests/test_evaluation_reference.py tests/test_layout.py tests/test_tools.py
 # the defaults of the notebook are the phantom profile; any other profile is passed with -f
 PARAMETERS := $(if $(filter phantom,$(PROFILE)),,-f profiles/$(PROFILE).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab site bench clean
+.PHONY: help reproduce test quick lint wheel lab site bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -33,10 +35,27 @@ reproduce: $(INSTALLED)  ## run the study (PROFILE=phantom or paper), print its 
 
 test: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = agg
-test: $(INSTALLED)  ## run every notebook, pytest, and check that export, clean and README are up to date
+test: $(INSTALLED) lint  ## run every notebook, pytest, and check that export, clean and README are up to date
 	$(BIN)/python tools/check.py
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest tests
+
+lint: $(INSTALLED)  ## check the style that ruff can see
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check tests tools benchmarks
+
+quick: export OMP_NUM_THREADS = 1
+quick: export MPLBACKEND = agg
+quick: $(INSTALLED) lint  ## what needs no slide, in less than a minute: tables, folds, metrics, layout
+	$(BIN)/python -m pytest -q -m 'not slow' $(QUICK)
+
+wheel: $(INSTALLED)  ## build the wheel, and run a tiny study with it away from the repository
+	rm -rf dist $(WHEEL)
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+	$(BIN)/python -m pip install --quiet --no-deps --target $(WHEEL)/lib dist/*.whl
+	cp tools/smoke.py $(WHEEL)
+	cd $(WHEEL) && PYTHONPATH=$(WHEEL)/lib $(abspath $(BIN))/python lib/bin/her2_mil_score --help >help.txt
+	cd $(WHEEL) && PYTHONPATH=$(WHEEL)/lib $(abspath $(BIN))/python smoke.py $(WHEEL)/study
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs

@@ -4,6 +4,7 @@ Each `bench_*.py` here has public functions that measure ours and the usual way 
 `name, ours, reference, unit, ratio, n, note`. A function that gives several names lists them in its attribute `names`;
 else its own name is the name. `python benchmarks/run.py NAME` runs what gives NAME.
 """
+
 import importlib
 import inspect
 import os
@@ -38,7 +39,10 @@ def main(only: str = "") -> int:
         made = function()
         for row in [made] if isinstance(made, dict) else made:
             rows.append(row)
-            print(f"{row['name']:<28} {row['ours']:>10.4g} {row['reference']:>10.4g} {row['unit']:<12} ratio {row['ratio']:>7.3g}  n={row['n']}  {row['note']}", flush=True)
+            print(
+                f"{row['name']:<28} {row['ours']:>10.4g} {row['reference']:>10.4g} {row['unit']:<12} ratio {row['ratio']:>7.3g}  n={row['n']}  {row['note']}",
+                flush=True,
+            )
     out.parent.mkdir(parents=True, exist_ok=True)
     table = pd.DataFrame(rows, columns=COLUMNS)
     if only and out.exists():

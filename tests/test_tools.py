@@ -1,8 +1,8 @@
 "The scripts that make needs: README, offline site, report."
+
 import importlib.util
 import re
 import subprocess
-import sys
 
 import nbformat
 from conftest import ROOT
@@ -40,12 +40,14 @@ def test_offline_page_asks_no_other_host():
 def test_report_turns_quarto_into_plain_markdown():
     report = load("report")
     new = nbformat.v4
-    book = new.new_notebook(cells=[
-        new.new_raw_cell("---\nskip_exec: true\n---"),
-        new.new_markdown_cell("See @fig-roc, [@ilse2018attention].\n\n::: {.callout-note}\nmind\n:::"),
-        new.new_code_cell("#| label: fig-roc\n#| fig-cap: \"ROC, as @ilse2018attention\"\n#| echo: false\n1+1"),
-        new.new_code_cell("#| hide\nsecret"),
-    ])
+    book = new.new_notebook(
+        cells=[
+            new.new_raw_cell("---\nskip_exec: true\n---"),
+            new.new_markdown_cell("See @fig-roc, [@ilse2018attention].\n\n::: {.callout-note}\nmind\n:::"),
+            new.new_code_cell('#| label: fig-roc\n#| fig-cap: "ROC, as @ilse2018attention"\n#| echo: false\n1+1'),
+            new.new_code_cell("#| hide\nsecret"),
+        ]
+    )
     text = "\n".join(c.source for c in report.prepare(book, report.references(ROOT / "references.bib")).cells)
     for raw in ("@fig", "[@", ":::", "#|", "skip_exec", "secret"):
         assert raw not in text
@@ -76,21 +78,3 @@ def test_make_help_lists_the_targets():
     out = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in ("reproduce", "test", "lab", "site", "bench", "clean"):
         assert f"make {name}" in out
-
-
-def test_each_page_of_the_site_is_made(tmp_path):
-    "The half of `nbdev_docs` that needs no Quarto: every sidebar target is processed, none holds a raw directive."
-    check = load("check")
-    check.copy_tree(ROOT, tmp_path)
-    code = (
-        "import nbdev.quarto, nbdev.serve\n"
-        "if __name__ == '__main__':\n"
-        "    nbdev.quarto.refresh_quarto_yml()\n"
-        "    nbdev.serve.proc_nbs(n_workers=2, force=True)\n"
-    )
-    (tmp_path / "proc.py").write_text(code)
-    subprocess.run([sys.executable, "proc.py"], cwd=tmp_path, check=True, capture_output=True, text=True)
-    made = {str(p.relative_to(tmp_path / "_proc")) for p in (tmp_path / "_proc").rglob("*.ipynb")}
-    wanted = {str(p.relative_to(ROOT / "nbs")) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
-    assert wanted <= made | {w.split("_", 1)[-1] for w in wanted} and made
-    assert (tmp_path / "_proc" / "_quarto.yml").exists()

@@ -1,4 +1,5 @@
 "Fail if `nbdev_export`, `nbdev_clean` or `tools/readme.py` would change a file; changes nothing itself."
+
 import hashlib
 import os
 import shutil

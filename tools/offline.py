@@ -4,6 +4,7 @@ Deletes the require.js and jQuery tags that pages with tables get, makes links t
 address relative, and strips the `#LNone` anchors of source links. Quarto names the output folder in
 QUARTO_PROJECT_OUTPUT_DIR; by hand: `python tools/offline.py _site`.
 """
+
 import os
 import re
 import sys

@@ -1,8 +1,9 @@
 """Make README.md from nbs/index.ipynb.
 
-    python tools/readme.py            write README.md
-    python tools/readme.py --check    exit 1 if README.md differs from what would be written
+python tools/readme.py            write README.md
+python tools/readme.py --check    exit 1 if README.md differs from what would be written
 """
+
 import re
 import sys
 from configparser import ConfigParser

@@ -5,6 +5,7 @@
 nbconvert knows nothing of Quarto's additions, so they are turned into plain Markdown first: front matter,
 `#|` lines, `:::` fences, `@fig-` references and `[@citations]`.
 """
+
 import os
 import re
 import sys
@@ -60,12 +61,17 @@ def prepare(notebook: nbformat.NotebookNode, bib: dict[str, str]) -> nbformat.No
         if "hide" in marks or marks.get("include") == "false":
             continue
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
-        cell.metadata["tags"] = [*cell.metadata.get("tags", []), *(["remove_input"] if marks.get("echo") == "false" else [])]
+        cell.metadata["tags"] = [
+            *cell.metadata.get("tags", []),
+            *(["remove_input"] if marks.get("echo") == "false" else []),
+        ]
         cells.append(cell)
         caption = marks.get("fig-cap") or marks.get("tbl-cap")
         if caption:
             title = number.get(marks.get("label", ""), "")
-            cells.append(nbformat.v4.new_markdown_cell(f"*{title}{'. ' if title else ''}{plain(caption.strip(chr(34)))}*"))
+            cells.append(
+                nbformat.v4.new_markdown_cell(f"*{title}{'. ' if title else ''}{plain(caption.strip(chr(34)))}*")
+            )
     notebook.cells = cells
     return notebook
 
