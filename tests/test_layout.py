@@ -36,7 +36,6 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 CODE = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
 LONG = {
     "training": 1050,
-    "cohort": 670,
     "sources": 570,
     "study": 610,
     "pretraining": 510,

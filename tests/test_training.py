@@ -385,7 +385,7 @@ EDITS = {
     "_Attend": ("training", "w[i] @ u", "w[i] @ u*1"),
     "a default": ("training", "epochs: int = 15", "epochs: int = 16"),
     "AttentionMIL._pool": ("mil", "t = self._read(self.V, h, raw).tanh()", "t = self._read(self.V, h, raw).sin()"),
-    "patient_folds": ("cohort", "rng.permutation(n_folds)", "rng.permutation(n_folds)[::-1]"),
+    "patient_folds": ("folds", "rng.permutation(n_folds)", "rng.permutation(n_folds)[::-1]"),
 }
 NO_EDITS = {
     "a comment": ("training", "import copy\n", "import copy\n# nothing\n"),
