@@ -8,6 +8,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# files whose every test renders a slide, trains a network or drives a browser
+SLOW = {"test_run", "test_score", "test_viewer", "test_pretraining", "test_embedding", "test_slide", "test_real"}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: needs more than a second or two; `make quick` leaves it out")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
