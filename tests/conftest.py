@@ -22,6 +22,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+def tiled(mpp, side=256, compression="jpeg") -> dict:
+    "What tifffile is told of a tiled RGB slide of this um/px (one number, or x and y)"
+    x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
+    return dict(
+        tile=(side, side),
+        photometric="rgb",
+        compression=compression,
+        metadata=None,
+        resolution=(1e4 / x, 1e4 / y),
+        resolutionunit="CENTIMETER",
+    )
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT

@@ -22,6 +22,7 @@ import tifffile
 from PIL import Image
 from hypothesis import given, settings, strategies as st
 
+from conftest import tiled
 from her2_mil.metadata import level_step
 from her2_mil.slide import (
     SlideError,
@@ -51,12 +52,7 @@ def test_missing_tiles_and_edge_tiles_read_as_openslide_does(tmp_path):
             tiles(),
             shape=(300, 450, 3),
             dtype="uint8",
-            tile=(128, 128),
-            photometric="rgb",
-            compression="jpeg",
-            metadata=None,
-            resolution=(1e4 / 0.5,) * 2,
-            resolutionunit="CENTIMETER",
+            **tiled(0.5, 128, "jpeg"),
         )
     with WholeSlide(tmp_path / "sparse.tif") as s:
         at = np.array([(0, 0), (100, 60), (350, 200), (-20, 250)])
@@ -145,12 +141,7 @@ def test_openslide_reads_what_the_fast_path_does_not(tmp_path):
     tifffile.imwrite(
         tmp_path / "z.tif",
         px,
-        tile=(128, 128),
-        photometric="rgb",
-        compression="zlib",
-        metadata=None,
-        resolution=(1e4 / 0.5,) * 2,
-        resolutionunit="CENTIMETER",
+        **tiled(0.5, 128, "zlib"),
     )
     with WholeSlide(tmp_path / "z.tif") as s:
         with pytest.warns(UserWarning, match="read by OpenSlide"):

@@ -13,6 +13,7 @@ import pytest
 import tifffile
 from hypothesis import given, settings, strategies as st
 
+from conftest import tiled
 from her2_mil import tiling
 from her2_mil.slide import SlideError, WholeSlide, open_row
 from her2_mil.tiles import overlaps, resample
@@ -120,12 +121,7 @@ def slide(tmp_path_factory):
     tifffile.imwrite(
         path,
         px,
-        tile=(256, 256),
-        photometric="rgb",
-        compression="jpeg",
-        metadata=None,
-        resolution=(1e4 / 0.5,) * 2,
-        resolutionunit="CENTIMETER",
+        **tiled(0.5, 256, "jpeg"),
     )
     with WholeSlide(path) as s:
         yield s
@@ -541,12 +537,7 @@ def test_patches_are_square_in_um_whatever_the_pixels(tmp_path_factory, mx, my, 
     tifffile.imwrite(
         path,
         px,
-        tile=(256, 256),
-        photometric="rgb",
-        compression="jpeg",
-        metadata=None,
-        resolution=(1e4 / mx, 1e4 / my),
-        resolutionunit="CENTIMETER",
+        **tiled((mx, my), 256, "jpeg"),
     )
     with WholeSlide(path) as s:
         spec = TileSpec(patch=patch, min_tissue=0.0, snap=0.0)
@@ -652,12 +643,7 @@ def test_a_level_near_the_target_is_read_as_it_is_and_the_grid_follows(tmp_path)
     tifffile.imwrite(
         tmp_path / "s.tif",
         px,
-        tile=(256, 256),
-        photometric="rgb",
-        compression="deflate",
-        metadata=None,
-        resolution=(1e4 / 0.499,) * 2,
-        resolutionunit="CENTIMETER",
+        **tiled(0.499, 256, "deflate"),
     )
     with WholeSlide(tmp_path / "s.tif") as s:
         near, exact = TileSpec(snap=0.01), TileSpec(snap=0.0)
