@@ -31,7 +31,7 @@ from joblib import Parallel, delayed
 # %% ../nbs/13_study.ipynb #175148e4
 from .arms import train_arms
 from .attention import localisation_auc
-from .cohort import SCORES, ManifestError, patient_folds, read_manifest
+from .cohort import SCORES, ManifestError, read_manifest
 from .config import StudyConfig, StudyError, assumptions, folder_problem, mil_config, project_root, why_root
 from .core import Her2Error, atomic_path, code_sha256, file_sha256
 from .embedding import EmbedderError, choose_device, choose_precision, get_embedder, list_embedders
@@ -39,6 +39,7 @@ from .clinical import endpoint_table
 from .comparison import nuisance_auc, permutation_test
 from .evaluation import auc_table
 from .features import embed_cohort, read_features
+from .folds import patient_folds
 from .nuisance import slide_nuisance
 from .phantom import parse_phantom_uri, phantom_truth
 from .pretraining import make_embedder

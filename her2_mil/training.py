@@ -27,8 +27,9 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .cohort import SCORES, patient_folds
+from .cohort import SCORES
 from .core import Her2Error, atomic_path, code_sha256
+from .folds import patient_folds
 from .mil import AttentionMIL, cumulative_logits
 
 # %% ../nbs/10_training.ipynb #6f1e0217
