@@ -8,7 +8,7 @@ __all__ = ['PAPER_AUC', 'LIMIT', 'Results', 'write_result', 'is_phantom', 'count
 
 # %% ../nbs/13_report.ipynb #c51a6ffe
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,8 @@ import pandas as pd
 
 from .attention import attention_map, patient_interval, plot_attention
 from .cohort import SCORES
-from .config import StudyConfig
+from .config import StudyConfig, StudyError
 from .core import atomic_path
-from .evaluation import EvaluationError, auc_within
 from .comparison import compare_arms
 from .phantom import parse_phantom_uri, phantom_truth
 from .score import load_model, slide_features
@@ -43,6 +42,7 @@ class Results:
     example: dict  # one slide through the final model
     failures: pd.DataFrame  # slide_id, stage, error
     model: Path  # folder of the final model
+    sites: pd.DataFrame = field(default_factory=pd.DataFrame)  # from `site_table`; empty where fewer than two are named
 
 # %% ../nbs/13_report.ipynb #6a6816a8
 def write_result(
@@ -156,17 +156,13 @@ def _of_sites(
     run:Results,  # finished
 ) -> str:  # sentences
     "What hospitals alone give, and what is left inside them"
-    arm, sites = run.cfg.primary, run.cohort.get('site', pd.Series(dtype=str)).fillna('')
-    if sites[sites != ''].nunique() < 2:
-        return 'Fewer than two sites are named, so that what the hospital alone gives is not known.'
+    arm = run.cfg.primary
+    if not len(run.sites): return 'Fewer than two sites are named, so that what the hospital alone gives is not known.'
     seen = run.nuisances[run.nuisances['primary'] & (run.nuisances['arm'] == 'nuisance: site')]
     alone = ', '.join(_with_interval(r) for _, r in seen.iterrows()) or 'not known'
-    try:
-        within = auc_within(run.table[run.table['arm'] == arm])
-        inside = _with_interval(within[(within['estimand'] == 'within folds') & (within['score'] == 'macro')].iloc[0])
-    except EvaluationError: inside = 'undefined'
-    split = '' if run.cfg.folds_by == 'site' else ' Folds split hospitals here; folds_by: site keeps each in one fold.'
-    return f'The site alone: AUC {alone}; {arm} among patients of one site: AUC {inside}.{split}'
+    p = lambda r: f", p {r['p']:.3f} with labels shuffled inside sites" if pd.notna(r.get('p')) else ''
+    said = [f"{r['what']} {_with_interval(r)}{p(r)}" for _, r in run.sites.iterrows()]
+    return f"The site alone: AUC {alone}. {arm}: {'; '.join(said)}."
 
 # %% ../nbs/13_report.ipynb #1dc3942a
 def localisation_table(
@@ -217,6 +213,8 @@ def heatmap(
 ):  # the axes
     "Attention of the run's model over one slide; on a phantom the planted tumour (solid) and clones (dashed) too"
     mil, embedder, card = load_model(run.folder/'model', run.cfg.precision)
+    if embedder is None: raise StudyError(f"{row['slide_id']}: a model of bags ({run.cfg.primary}) draws no heatmap; "
+                                          'name an embedder that reads pixels')
     root, phantom = run.cohort.attrs['root'], str(row['uri']).startswith('phantom:')
     with open_row(row, root, run.cache) as slide:
         grid = row_grid(slide, row, TileSpec.from_json(card['tiling']), root, run.cache)
