@@ -104,7 +104,8 @@ def plan_problems(
     least = min((patients_of_scores(main[f != k]) for f in folds for k in range(cfg.n_folds)), key=lambda p: p.min())
     if least.min() >= max(cfg.inner_folds, 1): return []
     return [f'{cfg.inner_folds} inner folds need {cfg.inner_folds} patients of each score in what one fold leaves; '
-            f'there are {counts_in_words(least)}; set inner_folds to {least.min() if least.min() > 1 else 0}, or add patients']
+            f'there are {counts_in_words(least)}; '
+            f'set inner_folds to {least.min() if least.min() > 1 else 0}, or add patients']
 
 # %% ../nbs/13_inputs.ipynb #de411fad
 @patch
@@ -206,6 +207,6 @@ def partial_notes(
         notes.append(f'the external rows have {have}; their macro AUC is undefined')
     bare = sum(not has_slide(r) for r in cohort.to_dict('records'))
     if bare:
-        notes.append(f"{count_noun(bare, 'row')} without a slide: nuisances of the picture, heatmap and localisation need "
-                     'pixels and are left out for them')
+        notes.append(f"{count_noun(bare, 'row')} without a slide: nuisances of the picture, heatmap and localisation "
+                     'need pixels and are left out for them')
     return notes

@@ -52,7 +52,8 @@ def site_table(
     rows.append(_reading(lambda: _macro(auc_within(table), 'pairs of one site'), 'pairs of one site'))
     out = pd.DataFrame(rows).reindex(columns=['what', 'auc', 'low', 'high', 'n_patients', 'note'])
     if not permutations: return out
-    null = cross_validate({arm: bags}, cohort, mil, permutations=range(1, permutations + 1), shuffle_within='site', **again)
+    again |= dict(permutations=range(1, permutations + 1), shuffle_within='site')
+    null = cross_validate({arm: bags}, cohort, mil, **again)
     return out.merge(_against_shuffled(table, null, split), how='left', on='what')
 
 # %% ../nbs/13_sites.ipynb #2ed9c16c

@@ -45,8 +45,8 @@ from .tiling import TileSpec, patch_box, row_grid
 from .training import cross_validate, fit_mil, predict
 from .weights import hash_weights
 
-_all_ = ['Results', 'Run', 'StudyConfig', 'StudyError', 'assumptions', 'heatmap', 'her2_mil_score', 'localisation_table',
-         'project_root', 'result_table', 'score_slide', 'verdict']
+_all_ = ['Results', 'Run', 'StudyConfig', 'StudyError', 'assumptions', 'heatmap', 'her2_mil_score',
+         'localisation_table', 'project_root', 'result_table', 'score_slide', 'verdict']
 
 # %% ../nbs/13_study.ipynb #81aff01e
 @patch
@@ -96,7 +96,8 @@ def _read_bags(
     widths = Counter(f.features.shape[1] for f in found.values())
     for slide_id, f in found.items():
         if (width := f.features.shape[1]) != (usual := widths.most_common(1)[0][0]):
-            failed[slide_id] = f'{slide_id}: {width} features per patch where most bags have {usual}; embed it with the same encoder'
+            failed[slide_id] = (f'{slide_id}: {width} features per patch where most bags have {usual}; '
+                                'embed it with the same encoder')
     rows = [dict(slide_id=s, stage='features', error=e) for s, e in failed.items()]
     return found, pd.DataFrame(rows, columns=['slide_id', 'stage', 'error'])
 

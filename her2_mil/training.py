@@ -716,8 +716,7 @@ def _permute(
 ) -> np.ndarray:  # (n,) labels; those of external rows as they were
     "Labels shuffled over patients of the main cohort"
     inside, ids = (cohort['cohort'] != 'external').to_numpy(), cohort['patient_id'].to_numpy()
-    stratum = np.zeros(len(y)) if strata is None else strata
-    rows = pd.DataFrame(dict(y=y, stratum=stratum), ids)[inside]
+    rows = pd.DataFrame(dict(y=y, stratum=0 if strata is None else strata), ids)[inside]
     patients = rows.groupby(level=0, sort=True).max()
     shuffled = patients['y'].to_numpy().copy()
     for _, same in sorted(patients.groupby('stratum').indices.items()): shuffled[same] = rng.permutation(shuffled[same])
@@ -733,13 +732,6 @@ def _fold_seed(
     return int(np.random.SeedSequence([cfg.seed, repeat, permutation]).generate_state(1)[0])
 
 # %% ../nbs/10_training.ipynb #5c1e90a5
-def _strata(
-    cohort:pd.DataFrame,  # with the column
-    how:dict,  # of `cross_validate`: shuffle_within
-) -> np.ndarray|None:  # (n,) inside what labels are shuffled; None: all together
-    "Where a permuted label may go"
-    return pd.factorize(cohort[how['shuffle_within']])[0] if how['shuffle_within'] else None
-
 def _folds(
     cohort:pd.DataFrame,  # with `y`
     cfg:TrainConfig,  # with the seed of folds
@@ -749,7 +741,8 @@ def _folds(
 ) -> tuple:  # labels (n,), folds (n,) with -1 for external rows
     "Labels of one permutation and folds stratified by them"
     y = cohort['y'].to_numpy()
-    if permutation: y = _permute(cohort, y, np.random.default_rng([cfg.seed, permutation]), _strata(cohort, how))
+    strata = pd.factorize(cohort[how['shuffle_within']])[0] if how['shuffle_within'] else None
+    if permutation: y = _permute(cohort, y, np.random.default_rng([cfg.seed, permutation]), strata)
     return y, patient_folds(cohort.assign(y=y), how['n_folds'], _fold_seed(cfg, repeat, permutation), how['by_site'])
 
 def _dealt_again(
@@ -967,9 +960,10 @@ def cross_validate(
 ):  # the predictions table; with `return_history` also a row a model and epoch, with train_loss and test_loss
     "Train every arm, repeat, fold and seed in stacks; return one long table of predictions; raises TrainingError"
     _check_cohort(features, cohort, cfg, n_folds, inner, folds_by, shuffle_within)
-    how = dict(n_folds=int(n_folds), by_site=folds_by == 'site', share=repeats == 1 and folds_by == 'patient' and not shuffle_within, run=run,
-               seeds=[int(s) for s in seeds], inner=int(inner), splits=splits, return_history=return_history,
-               folds_by=folds_by, shuffle_within=shuffle_within, arms={a: _arm(a, embedder) for a in features}, n_jobs=n_jobs)
+    share = repeats == 1 and folds_by == 'patient' and not shuffle_within
+    how = dict(n_folds=int(n_folds), by_site=folds_by == 'site', share=share, run=run, seeds=[int(s) for s in seeds],
+               inner=int(inner), splits=splits, return_history=return_history, folds_by=folds_by, n_jobs=n_jobs,
+               shuffle_within=shuffle_within, arms={a: _arm(a, embedder) for a in features})
     shared = [list(p) for _, p in groupby((int(p) for p in permutations), key=lambda p: -(-p//SHARED))]
     parts = [(repeat, p) for p in shared for repeat in range(repeats)]
     make = _kept(_chunk, folder, (features, cohort, cfg, how)) if folder else _chunk
@@ -990,7 +984,8 @@ def _check_cohort(
     "Refuse features and cohort that cannot be cross-validated, before anything trains"
     if folds_by not in ('patient', 'site'):
         raise TrainingError(f"folds_by is {folds_by!r}; allowed are 'patient' and 'site'")
-    missing = [c for c in ('slide_id', 'patient_id', 'y', 'cohort', 'site', shuffle_within or 'site') if c not in cohort]
+    needed = ('slide_id', 'patient_id', 'y', 'cohort', 'site', shuffle_within or 'site')
+    missing = [c for c in needed if c not in cohort]
     if missing: raise TrainingError(f"the cohort has no column {', '.join(missing)}; read it with read_manifest")
     if not features: raise TrainingError('there is no arm to cross-validate; pass features of at least one')
     dtype, names = torch.float64 if cfg.double else torch.float32, cohort['slide_id'].tolist()
@@ -1050,7 +1045,7 @@ def _kept(
 # %% ../nbs/10_training.ipynb #6f1e0216
 def __getattr__(
     name:str,  # that this module does not define
-):  # what it stands for
-    "`fine_tune`, imported where it is asked for: fastai takes seconds to load"
+):  # `fine_tune`
+    "Imported where it is asked for: fastai takes seconds to load"
     if name != 'fine_tune': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return importlib.import_module('.fine_tuning', __package__).fine_tune
