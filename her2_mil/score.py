@@ -155,8 +155,8 @@ def score_open(
     from her2_mil.tiling import TileSpec, row_grid
     _, embedder, card = loaded
     if embedder is None:
-        raise StudyError(f"{slide.path.name}: the model reads bags of features ({card['embedder']['name']}), no pixels; "
-                         'give it a bag (.h5, .pt, .npy) that the same encoder made')
+        raise StudyError(f"{slide.path.name}: the model reads bags of features ({card['embedder']['name']}), no "
+                         'pixels; give it a bag (.h5, .pt, .npy) that the same encoder made')
     grid = row_grid(slide, row, TileSpec.from_json(card['tiling']), root, cache)
     said, attention = score_features(slide_features(slide, grid, embedder), loaded)
     picture = None if out is None else Path(out)/_picture(slide, card, row.get('roi'))

@@ -716,8 +716,7 @@ def _permute(
 ) -> np.ndarray:  # (n,) labels; those of external rows as they were
     "Labels shuffled over patients of the main cohort"
     inside, ids = (cohort['cohort'] != 'external').to_numpy(), cohort['patient_id'].to_numpy()
-    rows = pd.DataFrame(dict(y=y, stratum=0 if strata is None else strata), ids)[inside]
-    patients = rows.groupby(level=0, sort=True).max()
+    patients = pd.DataFrame(dict(y=y, stratum=0 if strata is None else strata), ids)[inside].groupby(level=0).max()
     shuffled = patients['y'].to_numpy().copy()
     for _, same in sorted(patients.groupby('stratum').indices.items()): shuffled[same] = rng.permutation(shuffled[same])
     dealt = dict(zip(patients.index, shuffled))
