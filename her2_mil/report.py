@@ -171,7 +171,7 @@ KINDS_OF_EVIDENCE = ('real slides', 'real tissue', 'phantom')  # in order of wei
 
 def committed_results(
     folder,  # of results, one CSV a finding or ablation: str or Path
-) -> pd.DataFrame:  # name, kind, item, quantity, estimate, low, high, p, n, unit, verdict, sentence; empty where there is none
+) -> pd.DataFrame:  # name, kind, item, quantity, estimate, low, high, p, n, unit, verdict, sentence; may be empty
     "What findings and ablations found, weightiest evidence first"
     tables = [pd.read_csv(p) for p in sorted(Path(folder).glob('*.csv'))]
     if not tables: return pd.DataFrame(columns=['name', 'kind', 'item', 'sentence'])
