@@ -2,6 +2,7 @@
 SHELL      := /bin/bash
 PYTHON     ?= python3
 PROFILE    ?= phantom
+FETCH      ?= 0
 VENV       := .venv
 BIN        := $(VENV)/bin
 INSTALLED  := $(VENV)/.installed
@@ -23,8 +24,9 @@ $(INSTALLED): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-reproduce: $(INSTALLED)  ## run the study (PROFILE=phantom or paper), print its table, write its report
+reproduce: $(INSTALLED)  ## run the study (PROFILE=phantom, paper or tcga), print its table, write its report
 	@mkdir -p $(OUT) && touch $(OUT)/log.txt
+	$(if $(filter tcga,$(PROFILE)),@FETCH=$(FETCH) $(BIN)/python tools/tcga.py)
 	@echo "papermill nbs/reproduce.ipynb -> $(OUT), stage by stage:"
 	@tail -n 0 -f $(OUT)/log.txt & watch=$$!; \
 	$(BIN)/papermill nbs/reproduce.ipynb $(OUT)/reproduce.failed.ipynb -k python3 --no-progress-bar $(PARAMETERS) </dev/null; \

@@ -236,7 +236,8 @@ def mpp_found(
         return [MppFound(tuple(map(float, stated)), f'um/px {" x ".join(stated)} of the scanner')]
     if page: found += _ome_mpp(text, page.size) + _text_mpp(page.description or text) + _tag_mpp(page)
     elif all(stated): found += [MppFound(tuple(map(float, stated)), f'TIFF resolution, {" x ".join(stated)} um/px')]
-    if dpi and not page: found += [MppFound(tuple(25400/v for v in dpi), f'{dpi[0]:.0f} x {dpi[1]:.0f} px/inch')]
+    x, y = map(float, dpi or (0, 0))  # Pillow gives EXIF's fractions, which format as nothing
+    if min(x, y) > 0 and not page: found += [MppFound((25400/x, 25400/y), f'{x:.0f} x {y:.0f} px/inch')]
     return found
 
 # %% ../nbs/03_metadata.ipynb #a3b13a10

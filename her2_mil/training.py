@@ -716,9 +716,7 @@ def _permute(
 ) -> np.ndarray:  # (n,) labels; those of external rows as they were
     "Labels shuffled over patients of the main cohort"
     inside, ids = (cohort['cohort'] != 'external').to_numpy(), cohort['patient_id'].to_numpy()
-    stratum = np.zeros(len(y)) if strata is None else strata
-    rows = pd.DataFrame(dict(y=y, stratum=stratum), ids)[inside]
-    patients = rows.groupby(level=0, sort=True).max()
+    patients = pd.DataFrame(dict(y=y, stratum=0 if strata is None else strata), ids)[inside].groupby(level=0).max()
     shuffled = patients['y'].to_numpy().copy()
     for _, same in sorted(patients.groupby('stratum').indices.items()): shuffled[same] = rng.permutation(shuffled[same])
     dealt = dict(zip(patients.index, shuffled))
@@ -736,13 +734,14 @@ def _fold_seed(
 def _folds(
     cohort:pd.DataFrame,  # with `y`
     cfg:TrainConfig,  # with the seed of folds
-    how:dict,  # of `cross_validate`: n_folds, by_site
+    how:dict,  # of `cross_validate`: n_folds, by_site, shuffle_within
     repeat:int,  # number
     permutation:int,  # number, 0 for the labels as they are
 ) -> tuple:  # labels (n,), folds (n,) with -1 for external rows
     "Labels of one permutation and folds stratified by them"
     y = cohort['y'].to_numpy()
-    if permutation: y = _permute(cohort, y, np.random.default_rng([cfg.seed, permutation]))
+    strata = pd.factorize(cohort[how['shuffle_within']])[0] if how['shuffle_within'] else None
+    if permutation: y = _permute(cohort, y, np.random.default_rng([cfg.seed, permutation]), strata)
     return y, patient_folds(cohort.assign(y=y), how['n_folds'], _fold_seed(cfg, repeat, permutation), how['by_site'])
 
 def _dealt_again(
@@ -949,6 +948,7 @@ def cross_validate(
     run:str='',  # name that the rows carry
     permutations=(0,),  # 0: the labels as they are; other numbers: one label permutation each
     folds_by:str='patient',  # what a fold border may not cut: 'patient', or 'site' (and patient)
+    shuffle_within:str='',  # column inside whose values labels are permuted, such as 'site'; '': over all patients
     embedder:dict|None=None,  # arm's name -> name of its embedder; None: as the arm says
     inner:int=0,  # folds of an inner cross-validation in each training fold; 0: none
     splits=('test', 'inner', 'train', 'external'),  # rows to return
@@ -958,10 +958,11 @@ def cross_validate(
     folder=None,  # where finished parts are kept, so that a run that was stopped goes on: str or Path; None: nowhere
 ):  # the predictions table; with `return_history` also a row a model and epoch, with train_loss and test_loss
     "Train every arm, repeat, fold and seed in stacks; return one long table of predictions; raises TrainingError"
-    _check_cohort(features, cohort, cfg, n_folds, inner, folds_by)
-    how = dict(n_folds=int(n_folds), by_site=folds_by == 'site', share=repeats == 1 and folds_by == 'patient', run=run,
-               seeds=[int(s) for s in seeds], inner=int(inner), splits=splits, return_history=return_history,
-               folds_by=folds_by, arms={a: _arm(a, embedder) for a in features}, n_jobs=n_jobs)
+    _check_cohort(features, cohort, cfg, n_folds, inner, folds_by, shuffle_within)
+    share = repeats == 1 and folds_by == 'patient' and not shuffle_within
+    how = dict(n_folds=int(n_folds), by_site=folds_by == 'site', share=share, run=run, seeds=[int(s) for s in seeds],
+               inner=int(inner), splits=splits, return_history=return_history, folds_by=folds_by, n_jobs=n_jobs,
+               shuffle_within=shuffle_within, arms={a: _arm(a, embedder) for a in features})
     shared = [list(p) for _, p in groupby((int(p) for p in permutations), key=lambda p: -(-p//SHARED))]
     parts = [(repeat, p) for p in shared for repeat in range(repeats)]
     make = _kept(_chunk, folder, (features, cohort, cfg, how)) if folder else _chunk
@@ -977,11 +978,13 @@ def _check_cohort(
     n_folds:int,  # outer folds
     inner:int,  # inner folds, 0: none
     folds_by:str,  # 'patient' or 'site'
+    shuffle_within:str='',  # column inside whose values labels are permuted
 ):  # raises TrainingError
     "Refuse features and cohort that cannot be cross-validated, before anything trains"
     if folds_by not in ('patient', 'site'):
         raise TrainingError(f"folds_by is {folds_by!r}; allowed are 'patient' and 'site'")
-    missing = [c for c in ('slide_id', 'patient_id', 'y', 'cohort', 'site') if c not in cohort]
+    needed = ('slide_id', 'patient_id', 'y', 'cohort', 'site', shuffle_within or 'site')
+    missing = [c for c in needed if c not in cohort]
     if missing: raise TrainingError(f"the cohort has no column {', '.join(missing)}; read it with read_manifest")
     if not features: raise TrainingError('there is no arm to cross-validate; pass features of at least one')
     dtype, names = torch.float64 if cfg.double else torch.float32, cohort['slide_id'].tolist()
@@ -1041,7 +1044,7 @@ def _kept(
 # %% ../nbs/10_training.ipynb #6f1e0216
 def __getattr__(
     name:str,  # that this module does not define
-):  # what it stands for
-    "`fine_tune`, imported where it is asked for: fastai takes seconds to load"
+):  # `fine_tune`
+    "Imported where it is asked for: fastai takes seconds to load"
     if name != 'fine_tune': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return importlib.import_module('.fine_tuning', __package__).fine_tune

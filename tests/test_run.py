@@ -108,9 +108,9 @@ def test_parameters_are_typed_and_explained():
 
 
 def test_paper_profile_names_the_same_settings():
-    profiles = [yaml.safe_load((ROOT / f"profiles/{p}.yaml").read_text()) for p in ("phantom", "paper")]
-    assert profiles[0].keys() == profiles[1].keys()
-    StudyConfig(**profiles[1])
+    profiles = [yaml.safe_load((ROOT / f"profiles/{p}.yaml").read_text()) for p in ("phantom", "paper", "tcga")]
+    assert profiles[0].keys() == profiles[1].keys() == profiles[2].keys()
+    assert all(StudyConfig(**p) for p in profiles)
 
 
 def test_committed_manifest_is_the_phantom_cohort():

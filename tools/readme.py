@@ -29,11 +29,19 @@ def page(match: re.Match) -> str:
     return f"]({site_url()}/{folder}{name}.html{anchor})"
 
 
+def shown(cell):
+    "A cell whose code is not to be shown, as the Markdown that it made"
+    if cell.cell_type != "code" or not re.search(r"^#\|\s*echo:\s*false\s*$", cell.source, re.M):
+        return cell
+    made = ["".join(o["data"]["text/markdown"]) for o in cell.outputs if "text/markdown" in o.get("data", {})]
+    return nbformat.v4.new_markdown_cell("\n\n".join(made))
+
+
 def readme() -> str:
     "Markdown of index.ipynb with links to the site and images below nbs/."
     notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
     hidden = re.compile(r"^#\|\s*hide\s*$", re.M)
-    notebook.cells = [c for c in notebook.cells if not (c.cell_type == "code" and hidden.search(c.source))]
+    notebook.cells = [shown(c) for c in notebook.cells if not (c.cell_type == "code" and hidden.search(c.source))]
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
