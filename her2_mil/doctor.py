@@ -50,7 +50,7 @@ def _slides() -> Finding:
     try: import openslide
     except (ImportError, OSError) as e:
         return Finding('missing', 'OpenSlide', f"{' '.join(str(e).split())}: run 'pip install openslide-bin'")
-    return Finding('ok', 'OpenSlide', f'{openslide.__library_version__}: SVS, NDPI, MRXS, SCN, VSI, TIFF, DICOM, others')
+    return Finding('ok', 'OpenSlide', f'{openslide.__library_version__}: SVS, NDPI, MRXS, TIFF, DICOM and others')
 
 def _device() -> Finding:
     "Where networks run, and in which precision"
