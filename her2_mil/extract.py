@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Extract', 'plot_contour', 'extract', 'her2_mil_features']
 
-# %% ../nbs/14_extract.ipynb #0ae3a81d
+# %% ../nbs/14_extract.ipynb #16505e62
 import os
 import sys
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .config import StudyError, folder_problem
 from .core import Her2Error, atomic_path
 from .score import NOTICE
 
-# %% ../nbs/14_extract.ipynb #fb79db1f
+# %% ../nbs/14_extract.ipynb #19d3985b
 @dataclass(frozen=True)
 class Extract:
     "What is done to the slides"
@@ -31,7 +31,7 @@ class Extract:
     @property
     def cache(self): return Path(self.out)/'cache'
 
-# %% ../nbs/14_extract.ipynb #48ea7602
+# %% ../nbs/14_extract.ipynb #448530e3
 def plot_contour(
     slide,  # WholeSlide, open
     grid,  # TileGrid of its patches
@@ -51,7 +51,7 @@ def plot_contour(
     ax.set_title(f'{slide.path.stem[:60]}: {len(grid):,} patches of {read:.0f} µm', fontsize=9, parse_math=False)
     return ax
 
-# %% ../nbs/14_extract.ipynb #8d9bb708
+# %% ../nbs/14_extract.ipynb #48cc5277
 def _overlay(
     slide,  # WholeSlide, open
     grid,  # TileGrid
@@ -65,7 +65,7 @@ def _overlay(
     with atomic_path(path) as part: fig.savefig(part, format='png', dpi=130, metadata={'Software': None})
     return path
 
-# %% ../nbs/14_extract.ipynb #9dd73e04
+# %% ../nbs/14_extract.ipynb #09ac402e
 def _look(
     row:dict,  # of the table of slides
     file:dict,  # of the table of feature files
@@ -90,7 +90,7 @@ def _look(
     return dict(slide_id=row['slide_id'], patches=file['n_patches'], tissue_mm2=area, **said, dim=file['dim'],
                 reused=file['reused'], **files), None
 
-# %% ../nbs/14_extract.ipynb #34951b31
+# %% ../nbs/14_extract.ipynb #19de8b87
 def _written(
     table,  # DataFrame
     path:Path,  # CSV file
@@ -116,7 +116,7 @@ def _after(
     seen = Parallel(job.n_jobs, prefer='threads')(work)
     return pd.DataFrame([s for s, _ in seen if s], columns=list(_SUMMARY)), [f for _, f in seen if f]
 
-# %% ../nbs/14_extract.ipynb #05fe12c5
+# %% ../nbs/14_extract.ipynb #7e6db4d0
 def extract(
     slides,  # DataFrame, see `slides_of`
     embedder,  # Embedder
@@ -135,7 +135,7 @@ def extract(
     failures = pd.concat([failures, pd.DataFrame(more, columns=failures.columns)], ignore_index=True)
     return _written(summary, job.out/'summary.csv'), _written(failures, job.out/'failures.csv')
 
-# %% ../nbs/14_extract.ipynb #f9716a33
+# %% ../nbs/14_extract.ipynb #2038b882
 def _spec(
     patch:int,  # px
     mpp:float,  # um/px
@@ -161,7 +161,7 @@ def _told(
     for f in failures.to_dict('records'): print(f"{f['slide_id']}: {f['stage']}: {f['error']}", file=sys.stderr)
     return int(len(failures) > 0)
 
-# %% ../nbs/14_extract.ipynb #617a6b48
+# %% ../nbs/14_extract.ipynb #1cf34a78
 def _features(
     source,  # folder, manifest or slide
     embedder:str,  # name or weights folder
@@ -176,7 +176,7 @@ def _features(
     slides = slides_of(source, slide_mpp)
     return _told(*extract(slides, get_embedder(embedder, layer or None, weights=weights), job), job)
 
-# %% ../nbs/14_extract.ipynb #68a99232
+# %% ../nbs/14_extract.ipynb #c609d0b6
 def _features_command(
     slides:str,  # folder (searched with all below it), manifest (.csv) or one slide
     embedder:str='imagenet',  # imagenet, random, a pre-trained one's name, or a weights folder
@@ -189,7 +189,7 @@ def _features_command(
     min_tissue:float=.5,  # smallest fraction of a patch that is tissue
     slide_mpp:float=None,  # um/px of the slides, in place of what their files say
     n_jobs:int=1,  # slides at once
-    dry_run:Param('forecast minutes and gigabytes, embed nothing', store_true)=False,
+    dry_run:Param('forecast minutes and gigabytes, embed nothing', store_true)=False,  # a forecast only
 ):
     "Features of every patch of slides, resumed where stopped. Software for research, not a medical device"
     try:

@@ -10,13 +10,13 @@ __all__ = ['NOTICE', 'BAGS', 'slide_heatmap', 'save_model', 'LoadedModel', 'load
 # %% ../nbs/13_score.ipynb #03e75c60
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from fastcore.script import Param
 
-from .commands import command_line, slides_of, table_of, warnings_as_sentences
+from .commands import command_line, slides_typed, warnings_as_sentences
 from .config import StudyError, folder_problem
 from .core import Her2Error, atomic_path, file_sha256
 
@@ -434,57 +434,30 @@ def score_many(
         with atomic_path(out/f'{name}.csv') as part: table.to_csv(part, index=False, lineterminator='\n')
     return scores, failures
 
-# %% ../nbs/13_score.ipynb #b9c0d9eb
-@dataclass(frozen=True)
-class _Typed:
-    "What the command line overrides"
-    mpp:float|None = None  # um/px
-    roi:str|None = None  # GeoJSON
-    min_tissue:float|None = None  # fraction
-
 # %% ../nbs/13_score.ipynb #554a8ccc
-def _gathered(
-    paths:list,  # as typed
-    typed:_Typed,  # what is overridden
-):  # DataFrame of slides
-    "One table of all that was typed"
-    import pandas as pd
-    if typed.roi and len(paths) > 1: raise StudyError('--roi belongs to one slide; for several fill a manifest')
-    if len(paths) == 1: table = slides_of(paths[0], typed.mpp)
-    else:
-        missing = [p for p in paths if not Path(p).is_file()]
-        if missing: raise StudyError(f'{missing[0]}: no such file; of several, each must be a slide or a bag')
-        table = table_of([Path(p).absolute() for p in paths], None)
-        table = table if typed.mpp is None else table.assign(mpp=typed.mpp)
-    root = table.attrs['root']
-    table = table if typed.min_tissue is None else table.assign(min_tissue=typed.min_tissue)
-    table.attrs['root'] = root
-    return table
-
 def _print_scores(
     slides:list,  # as typed
     model:str,  # model folder
     out:str,  # folder
-    typed:_Typed,  # what is overridden
     n_jobs:int,  # slides at once
+    **typed,  # mpp, roi, min_tissue: what is overridden
 ) -> int:  # exit code
     "The command, without its typing"
     single = len(slides) == 1 and not Path(slides[0]).is_dir() and Path(slides[0]).suffix.lower() != '.csv'
     if single:
-        result = score_slide(slides[0], model, typed.mpp, out, typed.roi, typed.min_tissue, files=True)
-        print(json.dumps(result, indent=1))
+        print(json.dumps(score_slide(slides[0], model, out=out, files=True, **typed), indent=1))
         return 0
     if problem := folder_problem(out): raise StudyError(problem)
-    scores, failures = score_many(_gathered(slides, typed), load_model(model), out, n_jobs)
+    scores, failures = score_many(slides_typed(slides, **typed), load_model(model), out, n_jobs)
     print(f"{len(scores)} scored, {len(failures)} failed; see {Path(out)/'scores.csv'}. {NOTICE}")
     for f in failures.to_dict('records'): print(f"her2_mil_score: {f['slide_id']}: {f['error']}", file=sys.stderr)
     return int(len(failures) > 0)
 
 # %% ../nbs/13_score.ipynb #bb392f60
 def _score_command(
-    slides:Param('slides, bags of features (.h5, .pt, .npy), one folder or one manifest (.csv)', nargs='+'),
+    slides:Param('slides, bags (.h5, .pt, .npy), one folder or one manifest (.csv)', nargs='+'),  # what is scored
     model:str='runs/phantom/model',  # model folder that a run left
-    out:str='.',  # folder: for each slide JSON, heatmap, QuPath GeoJSON, viewer; of several also scores.csv, failures.csv
+    out:str='.',  # folder: JSON, heatmap, GeoJSON, viewer of each slide; scores.csv, failures.csv
     mpp:str=None,  # um/px of the slides, in place of what their files say
     roi:str=None,  # QuPath GeoJSON: only its tumour is looked at, in place of all tissue (one slide)
     min_tissue:float=None,  # smallest fraction of a patch that is tissue, in place of the model's
@@ -494,7 +467,7 @@ def _score_command(
     def tell(text): print(f'her2_mil_score: {text}', file=sys.stderr)
     try:
         with warnings_as_sentences(tell):
-            code = _print_scores(slides, model, out, _Typed(_um_per_px(mpp), roi, min_tissue), n_jobs)
+            code = _print_scores(slides, model, out, n_jobs, mpp=_um_per_px(mpp), roi=roi, min_tissue=min_tissue)
     except Her2Error as e: tell(' '.join(str(e).split()))
     except OSError as e: tell(f"{e.filename or slides[0]}: {e.strerror or e}; check the path and the rights")
     else: sys.exit(code)
