@@ -28,12 +28,10 @@ def slide_heatmap(
     card:dict,  # of the model
     path:Path,  # PNG to write
 ) -> Path:  # the file
-    "Save the attention of a slide over its thumbnail"
-    from her2_mil.attention import attention_map, save_attention
-    small = slide.thumbnail(max(max(slide.size)*max(slide.mpp)/1500, *slide.mpp))
-    amap = attention_map(grid.coords, attention, grid.patch_size_level0, slide.size)
-    title = f"{slide.path.stem}: attention of {'a phantom-trained' if card['phantom'] else 'the'} model"
-    return save_attention(path, small, amap, slide.size, slide.mpp, len(grid), title=title)
+    "Save H&E, attention and the patches that weighed most and least"
+    from her2_mil.pictures import save_picture
+    title = f"{slide.path.stem[:80]}: attention of {'a phantom-trained' if card['phantom'] else 'the'} model"
+    return save_picture(path, slide, grid, attention, title, NOTICE)
 
 # %% ../nbs/13_score.ipynb #d4446187
 NOTICE = 'Software for research, not a medical device: its output must not guide the care of a patient.'
