@@ -103,6 +103,19 @@ def _strip(
         ax.set_title(f'{letter}{k}: {multiples[i]:.2g} ×\nx {x:.2f}, y {y:.2f} mm', fontsize=6.5)
         tissue.text(x, y, f'{letter}{k}', fontsize=6, ha='center', va='center', path_effects=halo)
 
+# %% ../nbs/12_pictures.ipynb #80221a2d
+def _colour_words(
+    fig,  # matplotlib figure
+    colours,  # of `_panels`
+    axes:list,  # beside which it stands
+):  # nothing
+    "Colour bar in multiples of a uniform share"
+    bar, top = fig.colorbar(colours, ax=axes, location='right', shrink=.8, aspect=30), colours.norm.vmax
+    ticks = sorted({1/top, 2.**-round(np.log2(top)/2), 1., 2.**round(np.log2(top)/2), top})
+    bar.set_ticks(ticks, labels=[_in_words(t) for t in ticks])
+    bar.ax.tick_params(labelsize=7)
+    bar.ax.minorticks_off()
+
 # %% ../nbs/12_pictures.ipynb #ae194445
 def save_picture(
     path,  # PNG to write
@@ -128,15 +141,3 @@ def save_picture(
     lower.supxlabel(note, fontsize=7, color='.35')
     with atomic_path(path) as part: fig.savefig(part, format='png', dpi=130, metadata={'Software': None})
     return Path(path)
-
-def _colour_words(
-    fig,  # matplotlib figure
-    colours,  # of `_panels`
-    axes:list,  # beside which it stands
-):  # nothing
-    "Colour bar in multiples of a uniform share"
-    bar, top = fig.colorbar(colours, ax=axes, location='right', shrink=.8, aspect=30), colours.norm.vmax
-    ticks = sorted({1/top, 2.**-round(np.log2(top)/2), 1., 2.**round(np.log2(top)/2), top})
-    bar.set_ticks(ticks, labels=[_in_words(t) for t in ticks])
-    bar.ax.tick_params(labelsize=7)
-    bar.ax.minorticks_off()
