@@ -50,7 +50,7 @@ def _slides() -> Finding:
     try: import openslide
     except (ImportError, OSError) as e:
         return Finding('missing', 'OpenSlide', f"{' '.join(str(e).split())}: run 'pip install openslide-bin'")
-    return Finding('ok', 'OpenSlide', f'{openslide.__library_version__}: SVS, NDPI, MRXS, SCN, VSI, TIFF, DICOM and others')
+    return Finding('ok', 'OpenSlide', f'{openslide.__library_version__}: SVS, NDPI, MRXS, TIFF, DICOM and others')
 
 def _device() -> Finding:
     "Where networks run, and in which precision"
@@ -92,7 +92,7 @@ def _disk(
     if problem := folder_problem(root/'cache'): return Finding('missing', 'disk', problem)
     free = shutil.disk_usage(root).free/1e9
     if free >= wanted: return Finding('ok', 'disk', f'{free:.0f} GB free')
-    return Finding('missing', 'disk', f'{free:.1f} GB free at {root}, {wanted:.0f} wanted: make room, or move the cache')
+    return Finding('missing', 'disk', f'{free:.1f} GB free, {wanted:.0f} wanted: make room, or move the cache')
 
 # %% ../nbs/14_doctor.ipynb #a8af6831
 def _quarto() -> Finding:

@@ -272,16 +272,17 @@ def plot_pipeline(
         said, attention = score_features(slide_features(slide, grid, embedder), (mil, embedder, card))
         best = np.argsort(-attention)[:shown]
         patches, small = read_patches(slide, grid.coords[best], grid.spec), slide.thumbnail(max(4., *slide.mpp))
-        fig, axs = plt.subplots(1, 5, figsize=(13, 2.9), layout='constrained')
+        fig, axs = plt.subplots(1, 5, figsize=(10.5, 2.4), layout='constrained')
         amap = attention_map(grid.coords, attention, grid.patch_size_level0, slide.size)
         plot_attention(small, amap, slide.size, slide.mpp, len(grid), ax=axs[3], alpha=.5, title='attention')
         _show_grid(axs[1], small, grid, slide)
     axs[0].imshow(small)
     axs[0].set(title=f"{'phantom ' if phantom else ''}slide, score {row['her2_score']}", xticks=[], yticks=[])
-    plot_mosaic(axs[2], patches, round(shown**.5)).set_title(f'patches of {card_patch(card)}')
+    plot_mosaic(axs[2], patches, round(shown**.5)).set_title(f'patches, {card_patch(card)}')
     axs[4].barh(range(4), list(said['probabilities'].values()), color='#0072B2')
     axs[4].set(yticks=range(4), yticklabels=SCORES, xlim=(0, 1), xlabel='probability', title='HER2 score')
     axs[4].invert_yaxis()
+    for ax in axs: ax.title.set_fontsize(8)
     return fig
 
 # %% ../nbs/13_report.ipynb #7fca59c2
