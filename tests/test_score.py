@@ -44,6 +44,27 @@ def test_json_and_heatmap(done, tmp_path):  # noqa: F811
     assert "not a medical device" in out["notice"] and "phantom" in out["warning"] and out["model"]["phantom"] is True
     assert out["model"]["run"] == "phantom" and out["model"]["embedder"]["name"] == "phantom-he"
     assert Path(out["heatmap"]).read_bytes()[:4] == b"\x89PNG"
+    boxes = json.loads(Path(out["geojson"]).read_text())["features"]
+    assert len(boxes) == out["n_patches"] and out["tissue_mm2"] > 0 and 0 < out["entropy"] <= 1
+    page = Path(out["viewer"]).read_text()
+    assert "not a medical device" in page
+
+
+def test_several_slides_give_a_table_and_are_not_scored_twice(done, tmp_path):  # noqa: F811
+    for name, seed in (("a", 11), ("b", 12)):
+        phantom_slide(tmp_path / f"{name}.tif", 2, seed, SMALL)
+    (tmp_path / "c.svs").write_text("not a slide")
+    many = [f"{n}" for n in ("a.tif", "b.tif", "c.svs")]
+    model = ("--model", done / "runs/phantom/model", "--out", "scored")
+    result = score(*many, *model, cwd=tmp_path)
+    assert result.returncode == 1 and "2 scored, 1 failed" in result.stdout and "Traceback" not in result.stderr
+    assert "not a medical device" in result.stdout and "c.svs" in result.stderr
+    table = (tmp_path / "scored/scores.csv").read_text().splitlines()
+    assert len(table) == 3 and table[0].startswith("slide_id,predicted,entropy")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "scored").rglob("*") if p.suffix != ".csv"}
+    assert score(*many, *model, "--n-jobs", 2, cwd=tmp_path).returncode == 1
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "scored").rglob("*") if p.suffix != ".csv"}
+    assert (tmp_path / "scored/scores.csv").read_text().splitlines() == table
 
 
 def test_missing_file(done, tmp_path):  # noqa: F811
@@ -81,7 +102,7 @@ def test_two_slides_of_one_name_give_two_heatmaps(done, tmp_path):  # noqa: F811
     for place in "aba":
         result = score(f"{place}/HE.tif", "--model", done / "runs/phantom/model", "--out", "maps", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-    assert len(list((tmp_path / "maps").iterdir())) == 2
+    assert len(list((tmp_path / "maps").glob("*-attention.png"))) == 2
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(done, tmp_path):  # noqa: F811
@@ -104,7 +125,7 @@ def test_mpp_that_is_no_number(tmp_path, text):
 
 def test_help_says_that_mpp_overrides_and_is_quick(tmp_path):
     result = score("--help", cwd=tmp_path)
-    assert result.returncode == 0 and "in place of what its file says" in result.stdout
+    assert result.returncode == 0 and "in place of what their files say" in " ".join(result.stdout.split())
     heavy = "import sys, her2_mil.score; print([m for m in ('torch', 'pandas', 'fastai', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", heavy], env=QUIET, capture_output=True, text=True).stdout == "[]\n"
 
