@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'CARRIED', 'TrainingError', 'TrainConfig', 'Member', 'fit_stack', 'class_labels', 'fit_mil', 'predict',
-           'plot_losses', 'Arm', 'cross_validate']
+           'plot_losses', 'Arm', 'cross_validate', 'fold_models']
 
 # %% ../nbs/10_training.ipynb #31d9de48
 import copy
@@ -53,6 +53,7 @@ class TrainConfig:
     pooling: str = 'attention'  # 'attention', 'mean', 'max' or 'top'
     top: float = 0.1  # fraction of a bag that `pooling='top'` averages
     project: int = 0  # features after a learnt projection; 0: none
+    standardise: bool = True  # features by mean and standard deviation of the training slides
     dropout: float = 0.25  # on the pooled vector
     heads: int = 1  # attention heads
     per_score: bool = False  # one attention head per score
@@ -471,7 +472,8 @@ def _fit(
     "Train one stack"
     feeds = [_Feed(m, b, cfg) for m, b in zip(members, banks)]
     models = [cfg.model(banks[0].x.shape[1]).reset(torch.Generator().manual_seed(f.init)) for f in feeds]
-    for model, f in zip(models, feeds): _standardise(model, f.bank, f.m.rows)
+    for model, f in zip(models, feeds):
+        if cfg.standardise: _standardise(model, f.bank, f.m.rows)
     params, buffers = stack_module_state(models)
     opt = torch.optim.AdamW(_groups(params.items(), cfg, 3), fused=True)
     losses, watched = _run(feeds, banks, cfg, params, buffers, opt, models[0].train())
@@ -1040,6 +1042,21 @@ def _kept(
             with atomic_path(p) as part: table.to_parquet(part)
         return out
     return read_or_make
+
+# %% ../nbs/10_training.ipynb #6f1e0218
+def fold_models(
+    bags:list,  # over slides of (N, D) features, or (V, N, D)
+    cohort:pd.DataFrame,  # validated manifest with `y`, rows as the bags
+    cfg:TrainConfig=TrainConfig(),  # how each model is trained
+    n_folds:int=5,  # number of folds
+    folds_by:str='patient',  # 'patient' or 'site'
+    seeds=(0,),  # training seeds
+) -> tuple:  # models, (fold, seed) of each; raises TrainingError
+    "The models that `cross_validate` trains in its first repeat, to keep"
+    _check_cohort({'fit': bags}, cohort, cfg, n_folds, 0, folds_by)
+    how = dict(n_folds=int(n_folds), by_site=folds_by == 'site', share=False, shuffle_within='', inner=0, seeds=seeds)
+    plan = _plan(cohort, ['fit'], cfg, how, 0, [0])
+    return fit_stack({'fit': bags}, [e.member for e in plan], cfg), [(e.fold, e.seed) for e in plan]
 
 # %% ../nbs/10_training.ipynb #6f1e0216
 def __getattr__(
