@@ -86,10 +86,11 @@ def _choice(
     default,  # value that we take
     why:str,  # reason, printed in the table of assumptions
     paper:str='not known to us',  # what the paper says of it; empty for what is no assumption
+    scripts:str='',  # what the first author's scripts of 2021 say of it; empty where they do not speak
     **allowed,  # low, high: range; words: the only values; match, says: a pattern and how it is said
 ):  # a dataclass field
     "A configuration field that carries its reason and its range"
-    return field(default=default, metadata=dict(why=why, paper=paper, **allowed))
+    return field(default=default, metadata=dict(why=why, paper=paper, scripts=scripts, **allowed))
 
 HEADS = ('ordinal', 'softmax')  # cumulative-link over ordered scores, or four classes without order
 _MANY = 100_000  # more of anything is a slip of the keyboard
@@ -104,25 +105,30 @@ class _Inputs:
     manifest:str = _choice('data_manifest.csv', 'the cohort', 'one cohort; number of slides not known to us', **_A_PATH)
     real_slides:bool = _choice(False, 'true refuses phantom slides', 'real slides')
     embedders:tuple = _choice(('random', 'phantom-natural', 'phantom-ihc', 'phantom-he'),
-                              'sources compared; random is the untrained control', 'ImageNet, IHC HER2, PatchCamelyon')
+                              'sources compared; random is the untrained control', 'ImageNet, IHC HER2, PatchCamelyon',
+                              'random, ImageNet, PatchCamelyon, IHC')
     primary:str = _choice('phantom-he', 'arm that gets the controls and scores single slides; named before any result',
                           'PatchCamelyon did best')
-    layer:str = _choice('', "layer of the network that is read; empty: the network's own default")
+    layer:str = _choice('', "layer of the network that is read; empty: the network's own default, AlexNet's conv5 averaged",
+                        scripts='last map flattened: flat5, 1,024 features for 96 px')
     precision:str = _choice('auto', 'of the embedders; auto: bfloat16 where the processor has it, else float32',
                             words=('auto', 'float32', 'bfloat16', 'float16'))
-    patch:int = _choice(224, "AlexNet's usual input, px; 96, as in the author's scripts, cost H&E in calibration",
-                        'not known to us', low=32, high=4096)
+    patch:int = _choice(224, "AlexNet's usual input, px; 96 cost H&E in calibration", scripts='96', low=32, high=4096)
     mpp:float = _choice(0.5, 'um/px of a patch', '0.5', low=.05, high=100)
     patches_per_slide:int = _choice(110, 'patches embedded, drawn at random where a slide has more',
                                     low=1, high=10_000_000)
+    views:int = _choice(0, 'augmented copies of each patch, stored, drawn from in training; phantom scanners vary already',
+                        scripts='colour jitter, affine and noise, drawn anew for each bag', low=0, high=100)
 
 # %% ../nbs/13_config.ipynb #d7a12e86
 @dataclass(frozen=True)
 class _Training(_Inputs):
     "How models are trained and compared"
-    bag_size:int = _choice(100, 'patches in a bag, drawn anew each epoch from those embedded', '100', low=1, high=_MANY)
-    n_folds:int = _choice(5, 'stratified by score', '5, unit not known to us', low=2, high=1000)
-    folds_by:str = _choice('patient', 'what is never split over folds; site keeps whole hospitals together',
+    bag_size:int = _choice(100, 'patches in a bag, drawn anew each epoch from those embedded', '100',
+                           '100, of slides drawn with replacement', low=1, high=_MANY)
+    n_folds:int = _choice(5, 'stratified by score', '5, unit not known to us', '5, over slides, not stratified',
+                          low=2, high=1000)
+    folds_by:str = _choice('patient', 'what is never split over folds; site keeps whole hospitals together', scripts='slide',
                            words=('patient', 'site'))
     repeats:int = _choice(1, 'partitions into folds', low=1, high=1000)
     seeds:int = _choice(3, 'initialisations; averaged, never counted as n', low=1, high=1000)
@@ -132,15 +138,28 @@ class _Training(_Inputs):
     pretrain_epochs:int = _choice(5, 'passes over them; the same number of steps for each source', low=1, high=10_000)
     pretrain_lr:float = _choice(1e-4, 'peak; ten times as much collapses an untrained network, see 08_pretraining',
                                 low=1e-9, high=10)
+
+# %% ../nbs/13_config.ipynb #d7a12e87
+@dataclass(frozen=True)
+class _Model(_Training):
+    "The attention model on top"
     head:str = _choice('ordinal', 'the scores are ordered; chosen on calibration cohorts, see 13_study',
-                       'four classes; the head is not known to us', words=HEADS)
+                       'four classes; the head is not known to us', 'linear, cross-entropy', words=HEADS)
+    attention_width:int = _choice(32, 'hidden units of the attention; 256 on 1,024 features costs minutes for every '
+                                  'permutation', scripts='256', low=1, high=65536)
+    standardise:bool = _choice(True, 'features by mean and standard deviation of the training slides', scripts='no')
+    dropout:float = _choice(.25, 'on the pooled vector', scripts='none', low=0, high=.99)
+    mil_lr:float = _choice(.01, 'peak of AdamW, with warm-up and cosine', scripts='0.001, Adam, constant',
+                           low=1e-9, high=10)
     attention_lr:float = _choice(.3, 'learning rate of the attention over that of the rest; chosen as the head was',
-                                 low=1e-6, high=1000)
-    mil_epochs:int = _choice(15, 'fixed; no early stopping', low=1, high=_MANY)
+                                 scripts='1', low=1e-6, high=1000)
+    weight_decay:float = _choice(.01, 'on weights, not on biases', scripts='1e-7', low=0, high=10)
+    mil_epochs:int = _choice(15, 'fixed, four steps each; no early stopping', scripts='50 epochs of 100 steps, last kept',
+                             low=1, high=_MANY)
 
 # %% ../nbs/13_config.ipynb #5a978cae
 @dataclass(frozen=True)
-class StudyConfig(_Training):
+class StudyConfig(_Model):
     "All that decides a run; the defaults are the phantom profile"
     inner_folds:int = _choice(3, 'inner cross-validation of the primary arm, for the temperature; 0 for none',
                               'no calibration in what we have', low=0, high=1000)
@@ -200,24 +219,29 @@ def _plain(value) -> str:
     return ', '.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 # %% ../nbs/13_config.ipynb #a7ad7d19
+_TRAINED = dict(bag_size='bag_size', epochs='mil_epochs', lr='mil_lr', attention_lr='attention_lr', width='attention_width',
+                standardise='standardise', dropout='dropout', weight_decay='weight_decay')  # of TrainConfig: our field
+
 def mil_config(
     cfg:StudyConfig,  # configuration of a run
 ):  # TrainConfig of one model
     "The trainer's configuration in a study"
     from her2_mil.training import TrainConfig  # brings fastai, which a command's --help does not need
-    return TrainConfig(bag_size=cfg.bag_size, epochs=cfg.mil_epochs, seed=cfg.seed, ordinal=cfg.head == 'ordinal',
-                       attention_lr=cfg.attention_lr)
+    return TrainConfig(seed=cfg.seed, ordinal=cfg.head == 'ordinal', **{k: getattr(cfg, v) for k, v in _TRAINED.items()})
 
 def assumptions(
     cfg:StudyConfig,  # configuration of a run
-):  # DataFrame: setting, value, reason, paper
+):  # DataFrame: setting, value, reason, paper, author's scripts, 2021
     "What the paper leaves open, what is taken here, and why"
     import pandas as pd
     mil = mil_config(cfg)
-    said = lambda f: dict(value=_plain(getattr(cfg, f.name)), reason=f.metadata['why'], paper=f.metadata['paper'])
+    scripts = "author's scripts, 2021"
+    said = lambda f: dict(value=_plain(getattr(cfg, f.name)), reason=f.metadata['why'], paper=f.metadata['paper'],
+                          **{scripts: f.metadata['scripts'] or 'not said'})
     rows = [dict(setting=f.name, **said(f)) for f in fields(cfg) if f.metadata['paper']]
-    rest = [f.name for f in fields(mil) if f.name not in ('bag_size', 'epochs', 'seed', 'ordinal', 'attention_lr')]
-    why = dict(reason='default of 10_training, fixed on toy bags before any result', paper='not known to us')
+    rest = [f.name for f in fields(mil) if f.name not in (*_TRAINED, 'seed', 'ordinal')]
+    why = dict(reason='default of 10_training, fixed on toy bags before any result', paper='not known to us',
+               **{scripts: 'not said'})
     return pd.DataFrame(rows + [dict(setting=f'training: {k}', value=_plain(getattr(mil, k)), **why) for k in rest])
 
 # %% ../nbs/13_config.ipynb #f3751c49

@@ -346,7 +346,8 @@ def _stem(
     import hashlib
     roi = row.get('roi')
     region = file_sha256(roi) if roi and Path(roi).is_file() else str(roi or '')
-    models = [card['mil_sha256'], card.get('folds_sha256'), card.get('temperature'), card.get('limits')]
+    models = [card['mil_sha256'], card.get('folds_sha256'), card.get('temperature'), card.get('abstain_above'),
+              card.get('limits')]
     tiling = _row_spec(row, card).to_json()
     what = json.dumps([slide.sha256, [round(m, 6) for m in slide.mpp], region, models, tiling])
     return f'{slide.path.stem[:100]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}'
