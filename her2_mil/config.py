@@ -104,12 +104,18 @@ class _Inputs:
     name:str = _choice('phantom', 'name of the run folder below runs/', '', **_A_NAME)
     manifest:str = _choice('data_manifest.csv', 'the cohort', 'one cohort; number of slides not known to us', **_A_PATH)
     real_slides:bool = _choice(False, 'true refuses phantom slides', 'real slides')
-    embedders:tuple = _choice(('random', 'phantom-natural', 'phantom-ihc', 'phantom-he'),
-                              'sources compared; random is the untrained control', 'ImageNet, IHC HER2, PatchCamelyon',
+    embedders:tuple = _choice(('random', 'imagenet?', 'phantom-natural', 'phantom-ihc', 'phantom-he'),
+                              'sources compared; random: untrained; imagenet?: where its weights are at hand',
+                              'ImageNet, IHC HER2, PatchCamelyon',
                               'random, ImageNet, PatchCamelyon, IHC')
     primary:str = _choice('phantom-he', 'arm that gets the controls and scores single slides; named before any result',
                           'PatchCamelyon did best')
-    layer:str = _choice('', "layer of the network that is read; empty: the network's own default, AlexNet's conv5 averaged",
+
+# %% ../nbs/13_config.ipynb #e14acd5f
+@dataclass(frozen=True)
+class _Patches(_Inputs):
+    "What a patch is, and what is read of it"
+    layer:str = _choice('', "layer that is read; empty: the network's own default, AlexNet's conv5 averaged",
                         scripts='last map flattened: flat5, 1,024 features for 96 px')
     precision:str = _choice('auto', 'of the embedders; auto: bfloat16 where the processor has it, else float32',
                             words=('auto', 'float32', 'bfloat16', 'float16'))
@@ -117,18 +123,19 @@ class _Inputs:
     mpp:float = _choice(0.5, 'um/px of a patch', '0.5', low=.05, high=100)
     patches_per_slide:int = _choice(110, 'patches embedded, drawn at random where a slide has more',
                                     low=1, high=10_000_000)
-    views:int = _choice(0, 'augmented copies of each patch, stored, drawn from in training; phantom scanners vary already',
+    views:int = _choice(0, 'augmented copies of each patch, stored, drawn from in training',
                         scripts='colour jitter, affine and noise, drawn anew for each bag', low=0, high=100)
 
 # %% ../nbs/13_config.ipynb #d7a12e86
 @dataclass(frozen=True)
-class _Training(_Inputs):
+class _Training(_Patches):
     "How models are trained and compared"
     bag_size:int = _choice(100, 'patches in a bag, drawn anew each epoch from those embedded', '100',
                            '100, of slides drawn with replacement', low=1, high=_MANY)
     n_folds:int = _choice(5, 'stratified by score', '5, unit not known to us', '5, over slides, not stratified',
                           low=2, high=1000)
-    folds_by:str = _choice('patient', 'what is never split over folds; site keeps whole hospitals together', scripts='slide',
+    folds_by:str = _choice('patient', 'what is never split over folds; site keeps whole hospitals together',
+                           scripts='slide',
                            words=('patient', 'site'))
     repeats:int = _choice(1, 'partitions into folds', low=1, high=1000)
     seeds:int = _choice(3, 'initialisations; averaged, never counted as n', low=1, high=1000)
@@ -154,8 +161,8 @@ class _Model(_Training):
     attention_lr:float = _choice(.3, 'learning rate of the attention over that of the rest; chosen as the head was',
                                  scripts='1', low=1e-6, high=1000)
     weight_decay:float = _choice(.01, 'on weights, not on biases', scripts='1e-7', low=0, high=10)
-    mil_epochs:int = _choice(15, 'fixed, four steps each; no early stopping', scripts='50 epochs of 100 steps, last kept',
-                             low=1, high=_MANY)
+    mil_epochs:int = _choice(15, 'fixed, four steps each; no early stopping',
+                             scripts='50 epochs of 100 steps, last kept', low=1, high=_MANY)
 
 # %% ../nbs/13_config.ipynb #5a978cae
 @dataclass(frozen=True)
@@ -219,16 +226,18 @@ def _plain(value) -> str:
     return ', '.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 # %% ../nbs/13_config.ipynb #a7ad7d19
-_TRAINED = dict(bag_size='bag_size', epochs='mil_epochs', lr='mil_lr', attention_lr='attention_lr', width='attention_width',
-                standardise='standardise', dropout='dropout', weight_decay='weight_decay')  # of TrainConfig: our field
+_TRAINED = dict(epochs='mil_epochs', lr='mil_lr', width='attention_width',  # field of TrainConfig: of StudyConfig
+                **{k: k for k in ('bag_size', 'attention_lr', 'standardise', 'dropout', 'weight_decay')})
 
 def mil_config(
     cfg:StudyConfig,  # configuration of a run
 ):  # TrainConfig of one model
     "The trainer's configuration in a study"
     from her2_mil.training import TrainConfig  # brings fastai, which a command's --help does not need
-    return TrainConfig(seed=cfg.seed, ordinal=cfg.head == 'ordinal', **{k: getattr(cfg, v) for k, v in _TRAINED.items()})
+    same = {k: getattr(cfg, v) for k, v in _TRAINED.items()}
+    return TrainConfig(seed=cfg.seed, ordinal=cfg.head == 'ordinal', **same)
 
+# %% ../nbs/13_config.ipynb #a7ad7d1a
 def assumptions(
     cfg:StudyConfig,  # configuration of a run
 ):  # DataFrame: setting, value, reason, paper, author's scripts, 2021

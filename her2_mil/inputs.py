@@ -6,6 +6,7 @@
 __all__ = ['has_slide', 'patients_of_scores', 'counts_in_words', 'plan_problems', 'partial_notes']
 
 # %% ../nbs/13_inputs.ipynb #45996af7
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -174,11 +175,24 @@ def tile_spec(self:Run) -> TileSpec:
     "What a patch is in this run"
     return TileSpec(patch=self.cfg.patch, mpp=self.cfg.mpp)
 
+# %% ../nbs/13_inputs.ipynb #727c319c
+@patch
+def settle(self:Run):
+    "Leave out the arms that are asked for where their weights are at hand only, such as `imagenet?`; `notes` say which"
+    kept, self.notes = [], []
+    for name in self.cfg.embedders:
+        try:
+            if name.endswith('?'): get_embedder(name[:-1], **self.how())
+            kept.append(name.removesuffix('?'))
+        except EmbedderError as e: self.notes.append(f'the arm {name[:-1]} is left out: {e}')
+    self.cfg = replace(self.cfg, embedders=tuple(kept))
+
 # %% ../nbs/13_inputs.ipynb #727c319d
 @patch
 def read_cohort(self:Run) -> pd.DataFrame:  # validated
     "The manifest, checked, and everything else the run needs; one `StudyError` names all that is missing"
     problems, cohort = [p for p in map(folder_problem, (self.folder, self.cache)) if p], None
+    self.settle()
     path = self.root/self.cfg.manifest
     if not path.exists():
         problems.append(f'manifest {self.cfg.manifest} is not in {self.root} ({why_root(self.root)}); '

@@ -45,6 +45,7 @@ class Results:
     failures: pd.DataFrame  # slide_id, stage, error
     model: Path  # folder of the final model
     sites: pd.DataFrame = field(default_factory=pd.DataFrame)  # from `site_table`; empty where fewer than two are named
+    notes: tuple = ()  # sentences on arms that were left out
 
 # %% ../nbs/13_report.ipynb #6a6816a8
 def write_result(

@@ -40,6 +40,7 @@ class Run:
     ):
         self.cfg, self.root = cfg, Path(root or project_root()).absolute()
         self.folder, self.cache, self.seconds = self.root/'runs'/cfg.name, self.root/cfg.cache, {}
+        self.notes = []  # sentences on what was left out
         self.failures = pd.DataFrame(columns=['slide_id', 'stage', 'error'])
     def __repr__(self): return f'Run({self.cfg.name!r})'
 

@@ -384,7 +384,7 @@ def run_study(
     cohort = run.read_cohort()
     run.start()
     with logged(run.folder):
-        for note in partial_notes(cohort): LOG.info(note)
+        for note in run.notes + partial_notes(cohort): LOG.info(note)
         return run.every_stage(cohort)
 
 # %% ../nbs/13_study.ipynb #2ece1f87
@@ -403,7 +403,8 @@ def every_stage(self:Run,
     sites = self.sites(features[primary], whole, table)
     model = self.final_model(found[primary], whole, embedders[primary], metrics, table)
     return Results(self.cfg, self.folder, self.cache, whole, table, metrics, endpoints, permutation, nuisances,
-                   self.localisation(whole, found[primary]), self.example(whole), self.failures, model, sites)
+                   self.localisation(whole, found[primary]), self.example(whole), self.failures, model, sites,
+                   tuple(self.notes))
 
 # %% ../nbs/13_study.ipynb #24854f75
 @patch

@@ -156,11 +156,11 @@ def weights_folder(
     return _weights_root(weights)/name/f'seed{seed}'
 
 def imagenet_folder(
-    weights=None,  # folder of weights folders, or the weights folder itself
+    weights=None,  # folder of weights folders, or the weights folder itself; $HER2_MIL_WEIGHTS is looked in too
 ):  # Path of a weights folder whose card is named 'imagenet', or None
     "ImageNet's AlexNet as a weights folder, where there is one"
-    root = _weights_root(weights)
-    places = root/'imagenet'/'seed0', root/'imagenet', root/'alexnet-imagenet', root
+    roots = dict.fromkeys([_weights_root(weights), _weights_root()])
+    places = [p for r in roots for p in (r/'imagenet'/'seed0', r/'imagenet', r/'alexnet-imagenet', r)]
     return next((p for p in places if (p/'card.json').exists() and _read_card(p)['name'] == 'imagenet'), None)
 
 # %% ../nbs/07_weights.ipynb #4b66fa02
