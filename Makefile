@@ -3,6 +3,7 @@ SHELL      := /bin/bash
 PYTHON     ?= python3
 PROFILE    ?= phantom
 FETCH      ?= 0
+RUN        ?= 0
 VENV       := .venv
 BIN        := $(VENV)/bin
 INSTALLED  := $(VENV)/.installed
@@ -62,12 +63,16 @@ wheel: $(INSTALLED)  ## build the wheel, and run a tiny study with it away from 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs
 
-site: $(INSTALLED)  ## execute the paper and render the Quarto site into _site
-	@command -v quarto >/dev/null || { echo "make site needs Quarto: install it from https://quarto.org/docs/get-started, or '$(BIN)/pip install quarto-cli' on a machine with internet, and call make site again."; exit 1; }
+site: $(INSTALLED)  ## render the Quarto site into _site from what is committed (RUN=1 runs the study first)
+	@PATH="$(abspath $(BIN)):$$PATH" bash -c 'command -v quarto' >/dev/null || $(BIN)/pip install --quiet quarto-cli || { \
+	  echo "make site needs Quarto, and PyPI's quarto-cli, which downloads it, could not be installed: install Quarto 1.7 or newer"; \
+	  echo "from https://quarto.org/docs/get-started, put it on the PATH, and call make site again."; exit 1; }
+ifeq ($(RUN),1)
 	$(MAKE) reproduce
-	rm -rf _proc _site
 	cp $(OUT)/reproduce.ipynb nbs/reproduce.ipynb
 	$(BIN)/nbdev_clean --fname nbs/reproduce.ipynb
+endif
+	rm -rf _proc _site
 	touch README.md
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_docs
 

@@ -37,6 +37,17 @@ def test_offline_page_asks_no_other_host():
     assert offline.offline(clean, 1, url) == clean
 
 
+def test_exported_source_is_folded_and_signatures_are_code():
+    offline = load("offline")
+    fold = '<details {}class="code-fold"><summary>{}</summary>x</details>'
+    page = fold.format('open="" ', "Exported source") + fold.format("open ", "Code")
+    page += "<pre># see [`TileSpec`](https://host/tiling.html#tilespec)</pre><p>[`kept`](https://host/a)</p>"
+    clean = offline.offline(page, 0, offline.site_url())
+    assert fold.format("", "Exported source") in clean
+    assert fold.format("open ", "Code") in clean
+    assert "<pre># see TileSpec</pre>" in clean and "[`kept`]" in clean
+
+
 def test_report_turns_quarto_into_plain_markdown():
     report = load("report")
     new = nbformat.v4

@@ -1,7 +1,8 @@
 """Quarto post-render: a site that asks no other host for anything and works from disk.
 
 Deletes the require.js and jQuery tags that pages with tables get, makes links to the site's own
-address relative, and strips the `#LNone` anchors of source links. Quarto names the output folder in
+address relative, strips the `#LNone` anchors of source links, closes the folds of exported source, which
+nbdev forces open, and turns the Markdown links that nbdev writes into signatures back into code. Quarto names the output folder in
 QUARTO_PROJECT_OUTPUT_DIR; by hand: `python tools/offline.py _site`.
 """
 
@@ -13,6 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CDN = re.compile(r'<script[^>]+src="https?://[^"]*(?:require(?:\.min)?|jquery(?:\.min)?)\.js"[^>]*>\s*</script>\s*')
+EXPORTED = re.compile(r'(<details[^>]*?) open(?:="[^"]*")?([^>]*>\s*<summary>Exported source)')
+SIGNATURE = re.compile(r"\[`([^`<\]]*)`\]\((?:<a [^>]*>)?https?://[^)<\s]*(?:</a>)?\)")
+PREFORMATTED = re.compile(r"<pre.*?</pre>", re.S)
 JQUERY_DEFINE = re.compile(r"<script[^>]*>\s*define\('jquery',.*?</script>\s*", re.S)
 
 
@@ -27,6 +31,8 @@ def offline(html: str, depth: int, url: str) -> str:
     html = JQUERY_DEFINE.sub("", CDN.sub("", html))
     root = "../" * depth or "./"
     html = re.sub(rf'(href|src)="{re.escape(url)}/?', rf'\1="{root}', html)
+    html = EXPORTED.sub(r"\1\2", html)
+    html = PREFORMATTED.sub(lambda block: SIGNATURE.sub(r"\1", block[0]), html)
     return html.replace("#LNone", "")
 
 
