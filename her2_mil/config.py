@@ -119,9 +119,10 @@ class _Patches(_Inputs):
                         scripts='last map flattened: flat5, 1,024 features for 96 px')
     precision:str = _choice('auto', 'of the embedders; auto: bfloat16 where the processor has it, else float32',
                             words=('auto', 'float32', 'bfloat16', 'float16'))
-    patch:int = _choice(224, "AlexNet's usual input, px; 96 cost H&E in calibration", scripts='96', low=32, high=4096)
+    patch:int = _choice(96, "px, as in the author's scripts; 224, AlexNet's usual input, costs six times as much",
+                        scripts='96', low=32, high=4096)
     mpp:float = _choice(0.5, 'um/px of a patch', '0.5', low=.05, high=100)
-    patches_per_slide:int = _choice(110, 'patches embedded, drawn at random where a slide has more',
+    patches_per_slide:int = _choice(200, 'patches embedded, drawn at random where a slide has more',
                                     low=1, high=10_000_000)
     views:int = _choice(0, 'augmented copies of each patch, stored, drawn from in training',
                         scripts='colour jitter, affine and noise, drawn anew for each bag', low=0, high=100)
