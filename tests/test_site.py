@@ -137,6 +137,19 @@ def test_sidebar_names_each_notebook_once():
     assert sorted(listed) == sorted(str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS)
 
 
+def test_the_list_of_public_names_is_up_to_date():
+    "nbs/api.ipynb was executed after the last name was exported"
+    shown = "".join(str(o.get("data", "")) for c in cells(ROOT / "nbs/api.ipynb") for o in c.get("outputs", []))
+    for path in sorted((ROOT / "her2_mil").glob("[a-z]*.py")):
+        tree = ast.parse(path.read_text())
+        listed = [
+            n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
+        ]
+        defined = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        names = set(ast.literal_eval(listed[0])) & defined if listed else set()
+        assert not [n for n in names if f"[{n}](" not in shown], path.stem
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_prose_names_nothing_private(path):
     "nbdev links every exported name that stands in backticks; a private one has no place on any page"
