@@ -469,6 +469,18 @@ def to_geojson(
     return collection
 
 # %% ../nbs/12_attention.ipynb #e2b5a793
+def _layers(
+    layers:dict, # name -> (N,) values
+    n:int, # patches
+)->tuple: # pairs of name and float array; raises AttentionError
+    "Further values of the patches, checked"
+    out = tuple((name, np.asarray(v, float).ravel()) for name, v in layers.items())
+    for name, v in out:
+        if len(v) != n or not np.isfinite(v).all():
+            raise AttentionError(f'layer {name!r}: {len(v)} values for {n} patches, all finite? give one number a patch')
+    return out
+
+# %% ../nbs/12_attention.ipynb #e2b5a794
 def write_viewer(
     path:str|Path, # file to write, .html
     thumbnail:np.ndarray, # uint8 (H, W, 3) of the whole slide; about 2000 px wide is plenty
@@ -480,11 +492,14 @@ def write_viewer(
     title:str='Attention', # heading; say phantom here where it is one
     probabilities:np.ndarray|None=None, # (4,) of scores 0, 1+, 2+, 3+
     model:dict|None=None, # what made the weights, listed as it is
+    layers:dict|None=None, # name -> (N,) further values of the patches around zero, such as evidence
+    pixels:dict|None=None, # number of a patch -> uint8 (h, w, 3), shown where one zooms in and in the gallery
 )->Path: # the file
     "Write one self-contained HTML page with the slide, its attention and a readout."
     coords, weights = _check(coords, weights)
     multiples, percentile = relative_attention(weights), relative_attention(weights, 'percentile')
     box, um = _pair(patch_size_level0, 'patch_size_level0'), _pair(mpp, 'mpp')
-    shown = Shown(thumbnail, coords, multiples, percentile, _top_multiple(multiples), box, slide_size, um)
+    more = _layers(layers or {}, len(coords)), pixels or {}
+    shown = Shown(thumbnail, coords, multiples, percentile, _top_multiple(multiples), box, slide_size, um, *more)
     scores = {} if probabilities is None else dict(zip(SCORES, probabilities))
     return write_page(path, shown, title, _NOTE, scores, model or {})

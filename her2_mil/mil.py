@@ -217,11 +217,10 @@ def plot_weights(
 @patch
 def evidence(self: AttentionMIL,
     bags:torch.Tensor,  # (B, K, D) features as the embedder gave them
-) -> torch.Tensor:  # (B, K, C): a patch's share of each logit is its attention weight times this
-    "What each patch says for each score, had the bag no other patch; for one head and softmax classes"
-    if self.heads > 1 or self.ordinal or self.pooling not in ('attention', 'mean'):
-        raise MilError('evidence splits over patches for one head of attention or mean pooling '
-                       'and softmax classes only')
+) -> torch.Tensor:  # (B, K, C), or (B, K, 1) towards higher scores where the head is ordinal
+    "What each patch says, had the bag no other: its share of a logit, or of the latent axis, is its weight times this"
+    if self.heads > 1 or self.pooling not in ('attention', 'mean'):
+        raise MilError('evidence splits over patches for one head of attention or mean pooling only')
     if self.proj is None: return F.linear((bags - self.mean)/self.std, self.classifier.weight)
     return F.linear(self._read(self.proj, bags, True).relu(), self.classifier.weight)
 

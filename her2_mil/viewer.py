@@ -12,7 +12,7 @@ import html
 import io
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class Shown:
     patch:tuple  # (x, y) level-0 px
     slide_size:tuple  # (width, height) of level 0, px
     mpp:tuple  # (x, y) um per level-0 px
+    layers:tuple = ()  # further (name, (N,) values around zero) of the patches, such as evidence
+    pixels:dict = field(default_factory=dict)  # number of a patch -> uint8 (h, w, 3), shown where one zooms in
 
 # %% ../nbs/12_viewer.ipynb #8460ac01
 def _base64(
@@ -42,17 +44,26 @@ def _base64(
     "Bytes as text"
     return base64.b64encode(data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()).decode()
 
+def _jpeg(
+    image,  # uint8 (h, w, 3)
+) -> str:  # data URI
+    "A picture as text"
+    picture = io.BytesIO()
+    Image.fromarray(np.asarray(image, dtype=np.uint8)).save(picture, 'JPEG', quality=85)
+    return f'data:image/jpeg;base64,{_base64(picture.getvalue())}'
+
+# %% ../nbs/12_viewer.ipynb #8460ac02
 def _data(
     shown:Shown,  # what is drawn
 ) -> str:  # JSON, safe inside a script element
     "What the page's script reads"
-    picture = io.BytesIO()
-    Image.fromarray(np.asarray(shown.thumbnail, dtype=np.uint8)).save(picture, 'JPEG', quality=85)
     colours = (matplotlib.colormaps['viridis'](np.arange(256))[:, :3]*255).round().astype(np.uint8)
-    data = dict(image=f'data:image/jpeg;base64,{_base64(picture.getvalue())}', xy=_base64(shown.coords.astype('<i4')),
+    data = dict(image=_jpeg(shown.thumbnail), xy=_base64(shown.coords.astype('<i4')),
                 multiples=_base64(shown.multiples.astype('<f4')), percentile=_base64(shown.percentile.astype('<f4')),
                 lut=_base64(colours), size=[int(v) for v in shown.slide_size], patch=[float(v) for v in shown.patch],
-                mpp=[float(v) for v in shown.mpp], vmax=shown.vmax)
+                mpp=[float(v) for v in shown.mpp], vmax=shown.vmax,
+                layers=[dict(name=clean_text(k), values=_base64(np.asarray(v, '<f4'))) for k, v in shown.layers],
+                pixels={int(i): _jpeg(p) for i, p in shown.pixels.items()})
     return json.dumps(data, allow_nan=False).replace('<', '\\u003c')
 
 # %% ../nbs/12_viewer.ipynb #c2429120
