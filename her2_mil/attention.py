@@ -23,7 +23,7 @@ from scipy import stats
 
 from .cohort import SCORES
 from .core import Her2Error, atomic_path
-from .viewer import Shown, clean_text, write_page
+from .viewer import Shown, checked_layers, clean_text, write_page
 
 # %% auto #0
 __all__ = ['AttentionError', 'relative_attention', 'attention_map', 'plot_attention', 'save_attention', 'localisation_auc',
@@ -469,18 +469,6 @@ def to_geojson(
     return collection
 
 # %% ../nbs/12_attention.ipynb #e2b5a793
-def _layers(
-    layers:dict, # name -> (N,) values
-    n:int, # patches
-)->tuple: # pairs of name and float array; raises AttentionError
-    "Further values of the patches, checked"
-    out = tuple((name, np.asarray(v, float).ravel()) for name, v in layers.items())
-    for name, v in out:
-        if len(v) != n or not np.isfinite(v).all():
-            raise AttentionError(f'layer {name!r}: {len(v)} values for {n} patches, all finite? give one number a patch')
-    return out
-
-# %% ../nbs/12_attention.ipynb #e2b5a794
 def write_viewer(
     path:str|Path, # file to write, .html
     thumbnail:np.ndarray, # uint8 (H, W, 3) of the whole slide; about 2000 px wide is plenty
@@ -499,7 +487,7 @@ def write_viewer(
     coords, weights = _check(coords, weights)
     multiples, percentile = relative_attention(weights), relative_attention(weights, 'percentile')
     box, um = _pair(patch_size_level0, 'patch_size_level0'), _pair(mpp, 'mpp')
-    more = _layers(layers or {}, len(coords)), pixels or {}
+    more = checked_layers(layers or {}, len(coords)), pixels or {}
     shown = Shown(thumbnail, coords, multiples, percentile, _top_multiple(multiples), box, slide_size, um, *more)
     scores = {} if probabilities is None else dict(zip(SCORES, probabilities))
     return write_page(path, shown, title, _NOTE, scores, model or {})

@@ -234,14 +234,15 @@ def heatmap(
     ax=None,  # matplotlib axes
 ):  # the axes
     "Attention of the run's model over one slide; on a phantom the planted tumour (solid) and clones (dashed) too"
-    mil, embedder, card = load_model(run.folder/'model', run.cfg.precision)
+    loaded = load_model(run.folder/'model', run.cfg.precision)
+    _, embedder, card = loaded
     if embedder is None: raise StudyError(f"{row['slide_id']}: a model of bags ({run.cfg.primary}) draws no heatmap; "
                                           'name an embedder that reads pixels')
     root, phantom = run.cohort.attrs['root'], str(row['uri']).startswith('phantom:')
     with open_row(row, root, run.cache) as slide:
         grid = row_grid(slide, row, TileSpec.from_json(card['tiling']), root, run.cache)
-        _, attention = predict(mil, [slide_features(slide, grid, embedder)], return_attention=True)
-        amap = attention_map(grid.coords, attention[0], grid.patch_size_level0, slide.size)
+        _, attention = score_features(slide_features(slide, grid, embedder), loaded)
+        amap = attention_map(grid.coords, attention, grid.patch_size_level0, slide.size)
         title = f"{'phantom ' if phantom else ''}{row['slide_id']}, score {row['her2_score']}: attention"
         small = slide.thumbnail(max(4., *slide.mpp))
         ax = plot_attention(small, amap, slide.size, slide.mpp, len(grid), ax=ax, alpha=.5, title=title)
@@ -266,16 +267,18 @@ def plot_pipeline(
     shown:int=16,  # patches shown, those of most attention first
 ):  # matplotlib figure of five panels
     "A slide, its patches, what the network sees, attention and the four probabilities"
-    mil, embedder, card = load_model(run.folder/'model', run.cfg.precision)
+    loaded = load_model(run.folder/'model', run.cfg.precision)
+    _, embedder, card = loaded
     root, phantom = run.cohort.attrs['root'], str(row['uri']).startswith('phantom:')
     with open_row(row, root, run.cache) as slide:
         grid = row_grid(slide, row, TileSpec.from_json(card['tiling']), root, run.cache)
-        said, attention = score_features(slide_features(slide, grid, embedder), (mil, embedder, card))
+        said, attention = score_features(slide_features(slide, grid, embedder), loaded)
         best = np.argsort(-attention)[:shown]
         patches, small = read_patches(slide, grid.coords[best], grid.spec), slide.thumbnail(max(4., *slide.mpp))
         fig, axs = plt.subplots(1, 5, figsize=(10.5, 2.4), layout='constrained')
         amap = attention_map(grid.coords, attention, grid.patch_size_level0, slide.size)
         plot_attention(small, amap, slide.size, slide.mpp, len(grid), ax=axs[3], alpha=.5, title='attention')
+        for text in axs[3].texts: text.set_in_layout(False)
         _show_grid(axs[1], small, grid, slide)
     axs[0].imshow(small)
     axs[0].set(title=f"{'phantom ' if phantom else ''}slide, score {row['her2_score']}", xticks=[], yticks=[])

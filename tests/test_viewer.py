@@ -331,3 +331,76 @@ def test_fifty_thousand_patches_stay_quick(browser, tmp_path):
         )
         < 2000
     )
+
+
+RED, BLUE, GREY = (200, 30, 30), (30, 30, 200), (220, 220, 220)
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory):
+    "Two patches of one colour each, with their pixels and with evidence, on grey"
+    flat = lambda colour: np.full((32, 32, 3), colour, dtype=np.uint8)
+    return write_viewer(
+        tmp_path_factory.mktemp("rich") / "v.html",
+        np.full((100, 100, 3), GREY[0], dtype=np.uint8),
+        [[100, 200], [500, 601]],
+        [0.3, 0.7],
+        96,
+        (1000, 1000),
+        0.5,
+        layers={"evidence for <b>3+</b>": [-1.0, 0.25]},
+        pixels={0: flat(RED), 1: flat(BLUE)},
+    )
+
+
+def seen(browser, x, y):
+    "Colour of the view at a place in level-0 px"
+    where = f"Math.floor(sx({x})), Math.floor(sy({y}))"
+    return browser.value(f'Array.from(view.getContext("2d").getImageData({where}, 1, 1).data).slice(0, 3)')
+
+
+def near(colour, other):
+    return max(abs(a - b) for a, b in zip(colour, other)) < 12
+
+
+def test_the_gallery_flies_to_a_patch_and_its_pixels_appear(browser, rich):
+    browser.open(rich)
+    browser.value('document.getElementById("alpha").value = 0; document.getElementById("alpha").oninput()')
+    assert browser.value('Array.from(document.querySelectorAll("#gallery button"), b => b.ariaLabel)') == [
+        "Go to patch 2, rank 1",
+        "Go to patch 1, rank 2",
+    ]
+    for label, place, colour in ((0, (548, 649), BLUE), (1, (148, 248), RED)):
+        browser.value(f'document.querySelectorAll("#gallery button")[{label}].click()')
+        browser.settle()
+        time.sleep(0.2)
+        browser.settle()
+        assert near(seen(browser, *place), colour)
+        assert browser.value("Math.abs(CX - %d) < 1 && Math.abs(CY - %d) < 1" % place)
+
+
+@pytest.mark.parametrize("opacity", [0, 100])
+def test_pixels_and_squares_lie_where_the_patch_does_to_half_a_pixel(browser, rich, opacity):
+    browser.open(rich)
+    alpha = 'document.getElementById("alpha")'
+    browser.value(f"{alpha}.value = {opacity}; {alpha}.oninput()")
+    browser.value('document.querySelectorAll("#gallery button")[0].click(); Z = 40; draw()')
+    time.sleep(0.2)
+    for x, y in ((500, 601), (596, 601), (500, 697), (596, 697)):
+        browser.value(f"cur = -1; CX = {x} + 3.3; CY = {y} - 2.7; draw()")  # panned: the corner is off the middle
+        browser.settle()
+        assert browser.value("S()") > 4, "half a pixel of the slide is more than one of the screen"
+        inside = seen(browser, x + (0.5 if x == 500 else -0.5), y + (0.5 if y == 601 else -0.5))
+        beside = seen(browser, x + (-0.5 if x == 500 else 0.5), y + (0.5 if y == 601 else -0.5))
+        above = seen(browser, x + (0.5 if x == 500 else -0.5), y + (-0.5 if y == 601 else 0.5))
+        assert not near(inside, GREY) and near(beside, GREY) and near(above, GREY)
+        assert opacity or near(inside, BLUE)
+
+
+def test_evidence_is_a_scale_of_its_own_and_its_name_stays_text(browser, rich):
+    browser.open(rich)
+    assert browser.value("show.options[2].textContent") == "evidence for <b>3+</b>"
+    browser.value('show.value = "2"; show.onchange()')
+    assert [browser.value(f"T(V[2][{i}], 2)") for i in (0, 1)] == [0, 0.625]
+    browser.value("pick(0)")
+    assert "evidence for <b>3+</b> -1.00;" in browser.value(READ)
