@@ -9,20 +9,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from her2_mil.training import (
-    SHARED,
-    Member,
-    TrainConfig,
-    _Bank,
-    _Feed,
-    _groups,
-    _set_rate,
-    _side_by_side,
-    _standardise,
-    cross_validate,
-    fit_stack,
-    predict,
-)
+from her2_mil.members import Bank, Feed, Member, TrainConfig, set_moments
+from her2_mil.stack import _groups, _set_rate, _side_by_side, fit_stack
+from her2_mil.training import SHARED, cross_validate, predict
 
 
 def _study(n_slides=80, dim=256, arms=4, folds=5, seeds=5, patches=(100, 150)):
@@ -43,9 +32,9 @@ def _study(n_slides=80, dim=256, arms=4, folds=5, seeds=5, patches=(100, 150)):
 
 def _loop(member, bank, cfg):
     "Train one model bag by bag, with gradients summed over the bags of each batch"
-    feed = _Feed(member, bank, cfg)
+    feed = Feed(member, bank, cfg)
     model = cfg.model(bank.x.shape[1]).reset(torch.Generator().manual_seed(feed.init))
-    _standardise(model, bank, member.rows)
+    set_moments(model, bank, member.rows)
     opt, step = torch.optim.AdamW(_groups(model.named_parameters(), cfg, 2)), 0
     for _ in range(cfg.epochs):
         for index, order, drop in feed.epoch():
@@ -108,7 +97,7 @@ def _timed(threads, f, *args):
 def cv_stacked(n=3, loop_members=6):
     "Train 100 models as a stack and, in the same run, a sample of them in a loop; compare predictions"
     (features, members), cfg, cores = _study(), TrainConfig(), torch.get_num_threads()
-    banks = {a: _Bank(a, f, torch.float32) for a, f in features.items()}
+    banks = {a: Bank(a, f, torch.float32) for a, f in features.items()}
     fit_stack(features, members[:8], replace(cfg, epochs=1))
     threads = _threads_for_loop(members[0], banks[members[0].arm], cfg)
     took, apart = {k: [] for k in ("ours", "loop", "products", "one thread")}, 0.0
@@ -161,7 +150,7 @@ def permutations_float32(n=3, permutations=8, seeds=1):
     ours, reference = _turns(
         n, lambda: train(range(1, permutations + 1)), lambda: train(range(1, 1 + SHARED * permutations, SHARED))
     )
-    bank, member = _Bank("a", features["a"], torch.float32), Member("a", np.arange(64), cohort.y.to_numpy())
+    bank, member = Bank("a", features["a"], torch.float32), Member("a", np.arange(64), cohort.y.to_numpy())
     plain = (
         _timed(1, _loop, member, bank, replace(cfg, epochs=3))[0]
         * cfg.epochs

@@ -25,7 +25,6 @@ from .phantom import parse_phantom_uri, phantom_truth
 from .score import load_model, score_features, slide_features
 from .slide import open_row
 from .tiling import TileSpec, read_patches, row_grid
-from .training import predict
 
 # %% ../nbs/13_report.ipynb #5dceb3a1
 @dataclass(frozen=True, eq=False)

@@ -397,7 +397,7 @@ def test_an_edit_of_the_trainer_trains_again(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         return table.stat().st_mtime_ns, pd.read_parquet(table)
 
-    (first, before), trainer = study(), place / "her2_mil/training.py"
+    (first, before), trainer = study(), place / "her2_mil/members.py"
     trainer.write_text("# a remark\n" + trainer.read_text())
     assert study()[0] == first, "a comment changes nothing"
     trainer.write_text(trainer.read_text().replace("batches: int = 4", "batches: int = 2"))

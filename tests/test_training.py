@@ -378,12 +378,12 @@ def test_workers_change_nothing():
 
 EDITS = {
     "_fit": (
-        "training",
+        "stack",
         "torch.optim.AdamW(_groups(params.items(), cfg, 3)",
         "torch.optim.AdamW(_groups(params.items(), cfg, 2)",
     ),
-    "_Attend": ("training", "w[i] @ u", "w[i] @ u*1"),
-    "a default": ("training", "epochs: int = 15", "epochs: int = 16"),
+    "_Attend": ("stack", "w[i] @ u", "w[i] @ u*1"),
+    "a default": ("members", "epochs: int = 15", "epochs: int = 16"),
     "AttentionMIL._pool": ("mil", "t = self._read(self.V, h, raw).tanh()", "t = self._read(self.V, h, raw).sin()"),
     "patient_folds": ("folds", "rng.permutation(n_folds)", "rng.permutation(n_folds)[::-1]"),
 }
