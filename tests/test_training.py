@@ -13,7 +13,7 @@ import torch
 from fastai.callback.core import Callback
 from torch import nn
 
-from her2_mil import training
+from her2_mil import stack, training
 from her2_mil.core import _library, _reached, code_sha256
 from her2_mil.evaluation import plot_learning
 from her2_mil.mil import AttentionMIL, TorchmilAdapter
@@ -61,7 +61,7 @@ KINDS = [
 def test_attention_by_hand_trains_as_the_module_itself(kind, monkeypatch):
     cfg = TrainConfig(**{**vars(QUICK), "double": True, **kind})
     by_hand = fit_stack(ARMS, _members(), cfg)
-    monkeypatch.setattr(training, "_by_hand", lambda template: False)
+    monkeypatch.setattr(stack, "_by_hand", lambda template: False)
     assert _largest_difference(by_hand, fit_stack(ARMS, _members(), cfg)) < 1e-10
 
 
