@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['public_cohorts', 'Columns', 'write_public']
 
-# %% ../nbs/01_public.ipynb #188dcdf9
+# %% ../nbs/01_public.ipynb #36a3f653
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from .cells import bare, read_cells
 from .cohort import check_manifest, write_manifest
 from .core import Her2Error
 
-# %% ../nbs/01_public.ipynb #dea40383
+# %% ../nbs/01_public.ipynb #a6c0d7e5
 _COHORTS = {  # name: slides, HER2 label, licence, manifest, where
     'TCGA-BRCA': ('H&E of resections, SVS', 'score by IHC; FISH for some', 'open access',
                   'tcga_cohort, gdc_slides', 'https://portal.gdc.cancer.gov/projects/TCGA-BRCA'),
@@ -37,7 +37,7 @@ def public_cohorts() -> pd.DataFrame:  # index cohort; slides, label, licence, m
     columns = ['slides', 'label', 'licence', 'manifest', 'where']
     return pd.DataFrame.from_dict(_COHORTS, orient='index', columns=columns).rename_axis('cohort')
 
-# %% ../nbs/01_public.ipynb #b7172cf4
+# %% ../nbs/01_public.ipynb #1e933919
 @dataclass(frozen=True)
 class Columns:
     "Which columns of a cohort's own table mean what"
@@ -50,7 +50,7 @@ class Columns:
 _LAYOUTS = {'BCNB': Columns('Patient ID', 'HER2 Expression', 'Patient ID', 'HER2'),
             'HEROHE': Columns('Case', 'Immunohistochemistry', 'Case', 'Final Result (Ground truth)')}
 
-# %% ../nbs/01_public.ipynb #0b6faa16
+# %% ../nbs/01_public.ipynb #2d72c5c5
 def _own_table(
     path:Path,  # CSV, whatever its separator
     columns:Columns,  # names of its columns
@@ -68,7 +68,7 @@ def _own_table(
     return pd.DataFrame([{f: bare(r[i]) if 0 <= i < len(r) else '' for f, i in at.items()} for r in rows],
                         columns=list(at), dtype=object)
 
-# %% ../nbs/01_public.ipynb #b95f674f
+# %% ../nbs/01_public.ipynb #159031b4
 _ENDINGS = ('.svs', '.mrxs', '.ndpi', '.scn', '.bif', '.tif', '.tiff', '.jpg', '.jpeg', '.png')
 
 def _slides_below(
@@ -87,7 +87,7 @@ def _slides_below(
         raise Her2Error(f"{folder}: holds no file that ends in {', '.join(_ENDINGS)}; give the slides' folder")
     return found
 
-# %% ../nbs/01_public.ipynb #0d1479c4
+# %% ../nbs/01_public.ipynb #d185c7bc
 def _rows(
     name:str,  # of the cohort, begins the ids
     own:pd.DataFrame,  # of `_own_table`
@@ -113,7 +113,7 @@ def _left(
         flow.append(dict(step=step, slides=len(cohort), left_out=before - len(cohort)))
     return cohort.reset_index(drop=True), pd.DataFrame(flow)
 
-# %% ../nbs/01_public.ipynb #5f9bceb4
+# %% ../nbs/01_public.ipynb #940f1e70
 def write_public(
     name:str,  # of `public_cohorts` or your own; a part may follow a hyphen, as in HEROHE-test
     table,  # the cohort's own table, saved as CSV: str or Path
