@@ -16,6 +16,7 @@ from conftest import ROOT
 NAMES = {
     "core": "Her2Error atomic_path file_sha256 code_sha256",
     "tcga": "tcga_table fetch_tcga gdc_slides",
+    "public": "public_cohorts write_public Columns",
     "cohort": "SCORES read_manifest ManifestError patient_folds tcga_cohort",
     "phantom": "PhantomWorld phantom_slide phantom_cohort phantom_patches oracle",
     "slide": "WholeSlide SlideError fetch_slide open_row",
