@@ -47,7 +47,7 @@ from .embedding import (Embedder, EmbedderError, choose_device, choose_precision
 from .phantom import RENDERER, PhantomWorld
 
 from .sources import (SOURCES, PatchSet, SourceError, folder_patches, ihc_patches, pcam_patches,
-                              phantom_pair)
+                              phantom_pair, source_code, source_files)
 
 from .stain import augment
 
@@ -445,25 +445,6 @@ def plot_patch_confusion(
            title=f"{card['source']}, n={m.sum()}")
     return ax
 
-# %% ../nbs/08_pretraining.ipynb #7218029f
-def _code(
-    f,       # function that makes patches
-) -> str:    # hash of what it runs, as far as it can be read
-    "The code behind a source, whoever wrote it"
-    f = getattr(f, 'func', f)  # behind functools.partial
-    try: return code_sha256(f)
-    except (OSError, SyntaxError, TypeError):
-        return hashlib.sha256(f.__code__.co_code + repr(f.__code__.co_consts).encode()).hexdigest()
-
-def _files(
-    root,      # folder or file, or None
-) -> str|None: # hash of their paths, sizes and times of change
-    "The files of a source as the file system knows them"
-    if not root: return None
-    root = Path(root)
-    found = sorted(p for p in (root.rglob('*') if root.is_dir() else [root]) if p.is_file())
-    return hashlib.sha256(repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in found]).encode()).hexdigest()
-
 # %% ../nbs/08_pretraining.ipynb #884f194e
 def _request(
     name:str,       # of a source
@@ -474,8 +455,8 @@ def _request(
     "All that decides the weights of a named embedder and is known without making its patches"
     def plain(v): return asdict(v) if isinstance(v, PhantomWorld) else v.sha256 if isinstance(v, Embedder) else v
     what = {k: plain(v) for k, v in (options | recipe).items()}
-    what |= dict(files=_files(root), renderer=RENDERER, versions=[torch.__version__, np.__version__],
-                 code=[_code(SOURCES[name].pair), code_sha256(pretrain)])
+    what |= dict(files=source_files(root), renderer=RENDERER, versions=[torch.__version__, np.__version__],
+                 code=[source_code(SOURCES[name].pair), code_sha256(pretrain)])
     return json.loads(json.dumps(what, default=str))
 
 # %% ../nbs/08_pretraining.ipynb #8aeed7d5
