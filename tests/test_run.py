@@ -351,7 +351,7 @@ def test_keys_follow_the_code_that_makes_a_table(tmp_path):
             ),
             "a figure": ("training.py", "'training loss (cross-entropy, nats)'", "'loss'"),
             "another module": ("attention.py", "Attention against truth", "Truth against attention"),
-            "the verdict": ("report.py", "LIMIT = .05", "LIMIT = .01"),
+            "the verdict": ("report.py", "'above chance' if", "'beyond chance' if"),
             "the density of a slide": ("nuisance.py", "astype(np.float32) + 1)/256)", "astype(np.float32) + 2)/257)"),
             "the mask": ("tiling.py", "if spec.mpp < .8*max(slide.mpp)", "if spec.mpp < .9*max(slide.mpp)"),
         },
