@@ -341,7 +341,7 @@ def test_keys_follow_the_code_that_makes_a_table(tmp_path):
     place, edits = (
         copied(tmp_path),
         {
-            "the optimiser's default": ("training.py", "weight_decay: float = 0.01", "weight_decay: float = 0.02"),
+            "the optimiser's default": ("members.py", "weight_decay: float = 0.01", "weight_decay: float = 0.02"),
             "a variant of the study": ("arms.py", "('mean', 'max')", "('mean', 'top')"),
             "a comment": ("training.py", "\n# %% ", "\n# a remark\n\n# %% "),
             "a docstring": (
