@@ -276,9 +276,7 @@ def plot_pipeline(
         fig, axs = plt.subplots(1, 5, figsize=(10.5, 2.4), layout='constrained')
         amap = attention_map(grid.coords, attention, grid.patch_size_level0, slide.size)
         plot_attention(small, amap, slide.size, slide.mpp, len(grid), ax=axs[3], alpha=.5, title='attention')
-        axs[3].texts[-1].remove()  # said once for all panels, below
-        fig.axes[-1].set_ylabel('multiples of uniform', fontsize=7)
-        fig.axes[-1].tick_params(labelsize=7)
+        _lift_notice(fig, axs[3])
         _show_grid(axs[1], small, grid, slide)
     axs[0].imshow(small)
     axs[0].set(title=f"{'phantom ' if phantom else ''}slide, score {row['her2_score']}", xticks=[], yticks=[])
@@ -286,9 +284,20 @@ def plot_pipeline(
     axs[4].barh(range(4), list(said['probabilities'].values()), color='#0072B2')
     axs[4].set(yticks=range(4), yticklabels=SCORES, xlim=(0, 1), xlabel='probability', title='HER2 score')
     axs[4].invert_yaxis()
-    fig.supxlabel('Research only. Attention shows where the models looked, not where HER2 is.', fontsize=7, color='.35')
     for ax in axs: ax.title.set_fontsize(8)
     return fig
+
+# %% ../nbs/13_report.ipynb #7fca59c3
+def _lift_notice(
+    fig,  # of several panels
+    ax,  # that `plot_attention` drew into, last
+):
+    "Take the notice of one panel below all of them, and let its colour bar be small"
+    notice = ax.texts[-1]
+    fig.supxlabel(notice.get_text(), fontsize=7, color='.35')
+    notice.remove()
+    fig.axes[-1].set_ylabel('multiples of uniform', fontsize=7)
+    fig.axes[-1].tick_params(labelsize=7)
 
 # %% ../nbs/13_report.ipynb #7fca59c2
 def card_patch(
