@@ -68,11 +68,13 @@ def test_report_turns_quarto_into_plain_markdown():
 
 def test_report_is_self_contained(tmp_path):
     report = load("report")
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# T\n\n> d")])
-    nbformat.write(book, tmp_path / "a.ipynb")
+    cells = [nbformat.v4.new_markdown_cell("# T\n\n> d"), nbformat.v4.new_code_cell("1 + 1")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
     report.convert(tmp_path / "a.ipynb", tmp_path / "a.html")
     html = (tmp_path / "a.html").read_text()
-    assert "<h1" in html
+    assert "<h1" in html and "prefers-color-scheme: dark" in html
+    folded = re.search(r'<details class="code"><summary>Code</summary>(.*?)</details>', html, re.S)[1]
+    assert "highlight" in folded and "<details open" not in html
     assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://[^"]+', html)
     assert not list(tmp_path.glob("*.part"))
 

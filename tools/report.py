@@ -13,10 +13,30 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+from jinja2 import DictLoader
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDED = """{% extends 'lab/index.html.j2' %}
+{% block input_group %}<details class="code"><summary>Code</summary>{{ super() }}</details>{% endblock %}
+{% block html_head_css %}{{ super() }}<style>
+main { max-width: 62rem; margin: 0 auto; padding: 0 1rem; }
+details.code > summary { cursor: pointer; color: #5c636a; font: .85rem system-ui, sans-serif; margin: .4rem 0; }
+.jp-RenderedHTMLCommon table { display: block; max-width: 100%; overflow-x: auto; }
+.jp-RenderedText pre, .highlight pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (prefers-color-scheme: dark) {
+  :root, body { --jp-layout-color0: #16181d; --jp-layout-color1: #16181d; --jp-layout-color2: #1f232b;
+    --jp-content-font-color0: #e8e9ec; --jp-content-font-color1: #e8e9ec; --jp-content-font-color2: #c9ccd3;
+    --jp-ui-font-color0: #e8e9ec; --jp-ui-font-color1: #e8e9ec; --jp-content-link-color: #7ab8ff;
+    --jp-cell-editor-background: #1f232b; --jp-rendermime-table-row-background: #1f232b;
+    --jp-rendermime-table-row-hover-background: #2b3035; --jp-border-color0: #3a3f4a; --jp-border-color1: #3a3f4a;
+    --jp-border-color2: #3a3f4a; background: #16181d; color-scheme: dark; }
+  details.code > summary { color: #adb5bd; }
+  .highlight span { color: inherit !important; }
+  .jp-OutputArea-output img { background: #fff; }
+}
+</style>{% endblock %}"""
 
 
 def references(path: Path) -> dict[str, str]:
@@ -79,7 +99,8 @@ def prepare(notebook: nbformat.NotebookNode, bib: dict[str, str]) -> nbformat.No
 def convert(notebook: Path, report: Path) -> None:
     "Write the report to a temporary name, then rename."
     node = prepare(nbformat.read(notebook, as_version=4), references(ROOT / "references.bib"))
-    exporter = HTMLExporter(require_js_url="", jquery_url="", mathjax_url="", embed_images=True)
+    folded = dict(extra_loaders=[DictLoader({"folded.html.j2": FOLDED})], template_file="folded.html.j2")
+    exporter = HTMLExporter(require_js_url="", jquery_url="", mathjax_url="", embed_images=True, **folded)
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     exporter.register_preprocessor(TagRemovePreprocessor(remove_input_tags={"remove_input"}), enabled=True)
     html, _ = exporter.from_notebook_node(node, {"metadata": {"name": "her2_mil: report"}})
