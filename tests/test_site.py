@@ -151,6 +151,13 @@ def test_the_list_of_public_names_is_up_to_date():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_no_list_stands_in_the_title_cell(path):
+    "nbdev takes the lines `- key: value` of that cell for front matter, and drops them from the page"
+    title = next(c.source for c in cells(path) if c.cell_type == "markdown")
+    assert not re.findall(r"^- .*:", title, re.M)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_prose_names_nothing_private(path):
     "nbdev links every exported name that stands in backticks; a private one has no place on any page"
     text = "\n".join(c.source for c in cells(path) if c.cell_type == "markdown")
