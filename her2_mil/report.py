@@ -273,7 +273,7 @@ def plot_pipeline(
         said, attention = score_features(slide_features(slide, grid, embedder), loaded)
         best = np.argsort(-attention)[:shown]
         patches, small = read_patches(slide, grid.coords[best], grid.spec), slide.thumbnail(max(4., *slide.mpp))
-        fig, axs = plt.subplots(1, 5, figsize=(10.5, 2.4), layout='constrained')
+        fig, axs = plt.subplots(1, 5, figsize=(9.4, 2.2), layout='constrained')
         amap = attention_map(grid.coords, attention, grid.patch_size_level0, slide.size)
         plot_attention(small, amap, slide.size, slide.mpp, len(grid), ax=axs[3], alpha=.5, title='attention')
         _lift_notice(fig, axs[3])
