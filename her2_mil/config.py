@@ -119,7 +119,7 @@ class _Patches(_Inputs):
                         scripts='last map flattened: flat5, 1,024 features for 96 px')
     precision:str = _choice('auto', 'of the embedders; auto: bfloat16 where the processor has it, else float32',
                             words=('auto', 'float32', 'bfloat16', 'float16'))
-    patch:int = _choice(96, "px, as in the author's scripts; 224, AlexNet's usual input, costs six times as much",
+    patch:int = _choice(96, "px, as in the author's scripts; one of 224, AlexNet's usual input, has five times the pixels",
                         scripts='96', low=32, high=4096)
     mpp:float = _choice(0.5, 'um/px of a patch', '0.5', low=.05, high=100)
     patches_per_slide:int = _choice(200, 'patches embedded, drawn at random where a slide has more',
@@ -153,8 +153,8 @@ class _Model(_Training):
     "The attention model on top"
     head:str = _choice('ordinal', 'the scores are ordered; chosen on calibration cohorts, see 13_study',
                        'four classes; the head is not known to us', 'linear, cross-entropy', words=HEADS)
-    attention_width:int = _choice(32, 'hidden units of the attention; 256 on 1,024 features costs minutes for every '
-                                  'permutation', scripts='256', low=1, high=65536)
+    attention_width:int = _choice(32, 'hidden units of the attention; what 256 on 1,024 features cost and bring is '
+                                  'in ablations/scripts', scripts='256', low=1, high=65536)
     standardise:bool = _choice(True, 'features by mean and standard deviation of the training slides', scripts='no')
     dropout:float = _choice(.25, 'on the pooled vector', scripts='none', low=0, high=.99)
     mil_lr:float = _choice(.01, 'peak of AdamW, with warm-up and cosine', scripts='0.001, Adam, constant',
