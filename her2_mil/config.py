@@ -119,7 +119,7 @@ class _Patches(_Inputs):
                         scripts='last map flattened: flat5, 1,024 features for 96 px')
     precision:str = _choice('auto', 'of the embedders; auto: bfloat16 where the processor has it, else float32',
                             words=('auto', 'float32', 'bfloat16', 'float16'))
-    patch:int = _choice(96, "px, as in the author's scripts; one of 224, AlexNet's usual input, has five times the pixels",
+    patch:int = _choice(96, "px, as in the author's scripts; AlexNet's usual 224 has five times the pixels",
                         scripts='96', low=32, high=4096)
     mpp:float = _choice(0.5, 'um/px of a patch', '0.5', low=.05, high=100)
     patches_per_slide:int = _choice(200, 'patches embedded, drawn at random where a slide has more',

@@ -212,9 +212,10 @@ def save_models(
     grid,  # TileGrid of its patches
     features:np.ndarray,  # (N, D) of these patches
     models:list,  # of AttentionMIL
+    title:str='',  # say phantom here where slide or models are of one
 ) -> Path:  # the file
     "The picture of `plot_models`, in a file"
     fig = plot_models(slide, grid, features, models)
-    fig.suptitle(f'{slide.path.stem[:80]}. Research software, not a medical device.', fontsize=7, parse_math=False)
+    fig.suptitle(f'{title} Research software, not a medical device.', fontsize=7, parse_math=False)
     with atomic_path(path) as part: fig.savefig(part, format='png', dpi=130, metadata={'Software': None})
     return Path(path)

@@ -313,7 +313,8 @@ def _with_files(
     write_viewer(viewer, small, grid.coords, attention, grid.patch_size_level0, slide.size, slide.mpp,
                  f'{slide.path.stem}: attention', list(result['probabilities'].values()), facts,
                  patch_evidence(features, members), pixels)
-    picture = save_models(named('models.png'), slide, grid, features, members)
+    who = f"{slide.path.stem[:80]}, {'phantom-trained ' * loaded[2]['phantom']}models."
+    picture = save_models(named('models.png'), slide, grid, features, members, who)
     whole = result | dict(geojson=str(geojson), viewer=str(viewer), models_picture=str(picture))
     with atomic_path(named('score.json')) as part: part.write_text(json.dumps(whole, indent=1), encoding='utf-8')
     return whole
