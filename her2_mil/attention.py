@@ -24,6 +24,7 @@ from scipy import stats
 from .cohort import SCORES
 from .core import Her2Error, atomic_path
 from .viewer import Shown, checked_layers, clean_text, write_page
+from .zoom import Zoom
 
 # %% auto #0
 __all__ = ['AttentionError', 'relative_attention', 'attention_map', 'plot_attention', 'save_attention', 'localisation_auc',
@@ -482,12 +483,13 @@ def write_viewer(
     model:dict|None=None, # what made the weights, listed as it is
     layers:dict|None=None, # name -> (N,) further values of the patches around zero, such as evidence
     pixels:dict|None=None, # number of a patch -> uint8 (h, w, 3), shown where one zooms in and in the gallery
+    zoom:Zoom|None=None, # tiles of the slide, of `write_zoom`, shown where one zooms in
 )->Path: # the file
     "Write one self-contained HTML page with the slide, its attention and a readout."
     coords, weights = _check(coords, weights)
     multiples, percentile = relative_attention(weights), relative_attention(weights, 'percentile')
     box, um = _pair(patch_size_level0, 'patch_size_level0'), _pair(mpp, 'mpp')
-    more = checked_layers(layers or {}, len(coords)), pixels or {}
+    more = checked_layers(layers or {}, len(coords)), pixels or {}, zoom
     shown = Shown(thumbnail, coords, multiples, percentile, _top_multiple(multiples), box, slide_size, um, *more)
     scores = {} if probabilities is None else dict(zip(SCORES, probabilities))
     return write_page(path, shown, title, _NOTE, scores, model or {})

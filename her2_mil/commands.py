@@ -62,6 +62,7 @@ def slides_typed(
     mpp:float=None,  # um/px, in place of what files say
     roi:str=None,  # GeoJSON of one slide
     min_tissue:float=None,  # fraction, in place of the model's
+    zoom:float=None,  # um/px of the viewer's finest tiles, in place of the model's
 ):  # DataFrame of slides, see `slides_of`
     "One table of all that was typed"
     if roi: raise StudyError('--roi belongs to one slide; for several fill the column roi of a manifest')
@@ -71,7 +72,8 @@ def slides_typed(
         if missing: raise StudyError(f'{missing[0]}: no such file; of several, each must be a slide or a bag')
         table = table_of([Path(p).absolute() for p in paths], None)
         table = table if mpp is None else table.assign(mpp=mpp)
-    return table if min_tissue is None else table.assign(min_tissue=min_tissue)
+    asked = dict(min_tissue=min_tissue, zoom=zoom)
+    return table.assign(**{k: v for k, v in asked.items() if v is not None})
 
 # %% ../nbs/13_commands.ipynb #c673aad2
 def command_line(

@@ -260,7 +260,7 @@ def score_open(
     if stem is None: return result | dict(heatmap=None)
     picture = slide_heatmap(slide, grid, attention, card, stem.with_name(f'{stem.name}-attention.png'))
     result |= dict(heatmap=str(picture))
-    return _with_files(slide, grid, (attention, features), result, stem, loaded) if files else result
+    return _with_files(slide, grid, (attention, features), result, stem, row, loaded) if files else result
 
 # %% ../nbs/13_score.ipynb #f6693fb3
 def _scored(
@@ -285,6 +285,17 @@ def _scored(
     warned = dict(unlike_training=strange, compared=sorted(limits), warning=_warning(card, row.get('roi')))
     return dict(**seen, **said, model=_about(loaded), **warned, notice=NOTICE), grid, attention, features
 
+# %% ../nbs/13_score.ipynb #367150ef
+def _zoom(
+    slide,  # WholeSlide, open
+    grid,  # TileGrid
+    finest:float,  # um/px; None for that of the patches, 0 for no tiles
+    folder:Path,  # for the tiles, if they are many
+):  # Zoom, or None
+    "The tiles of the viewer's deep zoom"
+    from her2_mil.zoom import write_zoom
+    return None if finest == 0 else write_zoom(slide, grid, folder, finest)
+
 # %% ../nbs/13_score.ipynb #57627ee8
 GALLERY = 200  # most attended patches whose pixels the viewer holds: 2 MB or so
 
@@ -294,6 +305,7 @@ def _with_files(
     seen:tuple,  # attention (N,), features (N, D)
     result:dict,  # of `_scored`
     stem:Path,  # of the files
+    row:dict,  # `zoom`, see `_zoom`
     loaded:tuple,  # from `load_model`
 ) -> dict:  # the result, with the names of the files
     "Write QuPath's GeoJSON, the viewer, and last the JSON, whose presence says that all is there"
@@ -306,16 +318,18 @@ def _with_files(
     run = f"{result['model']['run']}"
     to_geojson(grid.coords, attention, grid.patch_size_level0, geojson, run, slide.origin)
     small = slide.thumbnail(max(max(slide.size)*max(slide.mpp)/2000, *slide.mpp))
+    zoom = _zoom(slide, grid, row.get('zoom'), named('tiles'))
     facts = dict(run=run, notice=NOTICE, warning=result['warning'], patches=f'{len(grid):,}')
     facts |= {f'unlike training {i + 1}': s for i, s in enumerate(result['unlike_training'])}
     near = np.argsort(-attention)[:GALLERY]
     pixels = dict(zip(near.tolist(), read_patches(slide, grid.coords[near], grid.spec)))
     write_viewer(viewer, small, grid.coords, attention, grid.patch_size_level0, slide.size, slide.mpp,
                  f'{slide.path.stem}: attention', list(result['probabilities'].values()), facts,
-                 patch_evidence(features, members), pixels)
+                 patch_evidence(features, members), pixels, zoom)
     who = f"{slide.path.stem[:80]}, {'phantom-trained ' * loaded[2]['phantom']}models."
     picture = save_models(named('models.png'), slide, grid, features, members, who)
-    whole = result | dict(geojson=str(geojson), viewer=str(viewer), models_picture=str(picture))
+    tiles = str(zoom.folder) if zoom and zoom.folder else None
+    whole = result | dict(geojson=str(geojson), viewer=str(viewer), models_picture=str(picture), tiles=tiles)
     with atomic_path(named('score.json')) as part: part.write_text(json.dumps(whole, indent=1), encoding='utf-8')
     return whole
 
@@ -327,7 +341,8 @@ def _kept(
     try: said = json.loads(stem.with_name(f'{stem.name}-score.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return None
     files = ('heatmap', 'geojson', 'viewer', 'models_picture')
-    return said if all(Path(said.get(k, '')).is_file() for k in files) else None
+    here = all(Path(said.get(k, '')).is_file() for k in files) and Path(said.get('tiles') or '.').is_dir()
+    return said if here else None
 
 # %% ../nbs/13_score.ipynb #5bef3e40
 def score_bag(
@@ -353,7 +368,7 @@ def score_bag(
 def _stem(
     slide,  # WholeSlide, open
     card:dict,  # of the model
-    row:dict,  # `roi`, `min_tissue`
+    row:dict,  # `roi`, `min_tissue`, `zoom`
 ) -> str:  # beginning of file names
     "A name that no other slide, region, tiling or model gives"
     import hashlib
@@ -361,8 +376,8 @@ def _stem(
     region = file_sha256(roi) if roi and Path(roi).is_file() else str(roi or '')
     models = [card['mil_sha256'], card.get('folds_sha256'), card.get('temperature'), card.get('abstain_above'),
               card.get('limits')]
-    tiling = _row_spec(row, card).to_json()
-    what = json.dumps([slide.sha256, [round(m, 6) for m in slide.mpp], region, models, tiling])
+    how = [_row_spec(row, card).to_json(), row.get('zoom')]
+    what = json.dumps([slide.sha256, [round(m, 6) for m in slide.mpp], region, models, *how])
     return f'{slide.path.stem[:100]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}'
 
 # %% ../nbs/13_score.ipynb #cab999f6
@@ -376,13 +391,14 @@ def score_slide(
     roi=None,  # QuPath GeoJSON whose tumour alone is looked at
     min_tissue:float=None,  # smallest fraction of a patch that is tissue, in place of the model's
     files:bool=False,  # also JSON, QuPath's GeoJSON and the viewer, in `out`
+    zoom:float=None,  # um/px of the viewer's finest tiles, in place of the model's; 0 for none
 ) -> dict:  # what `her2_mil_score` prints
     "Four probabilities for one slide, where they come from, and where the model looked; raises Her2Error"
     from her2_mil.slide import WholeSlide
     if out is not None and (problem := folder_problem(out)): raise StudyError(problem)
     loaded = model if isinstance(model, tuple) else load_model(model)
     if Path(path).suffix.lower() in BAGS: return score_bag(path, loaded)
-    row = dict(roi=str(Path(roi).absolute()) if roi else '', mpp=mpp, min_tissue=min_tissue)
+    row = dict(roi=str(Path(roi).absolute()) if roi else '', mpp=mpp, min_tissue=min_tissue, zoom=zoom)
     with WholeSlide(path, mpp=mpp) as slide: return score_open(slide, row, loaded, out, files=files)
 
 # %% ../nbs/13_score.ipynb #f7cff7bf
@@ -473,13 +489,15 @@ def _score_command(
     mpp:str=None,  # um/px of the slides, in place of what their files say
     roi:str=None,  # QuPath GeoJSON: only its tumour is looked at, in place of all tissue (one slide)
     min_tissue:float=None,  # smallest fraction of a patch that is tissue, in place of the model's
+    zoom:float=None,  # um/px of the viewer's finest tiles, in place of the model's; 0: no tiles
     n_jobs:int=1,  # slides at once
 ):
     "Probabilities of HER2 0, 1+, 2+, 3+ from H&E slides. Software for research, not a medical device"
     def tell(text): print(f'her2_mil_score: {text}', file=sys.stderr)
     try:
         with warnings_as_sentences(tell):
-            code = _print_scores(slides, model, out, n_jobs, mpp=_um_per_px(mpp), roi=roi, min_tissue=min_tissue)
+            code = _print_scores(slides, model, out, n_jobs, mpp=_um_per_px(mpp), roi=roi, min_tissue=min_tissue,
+                                 zoom=zoom)
     except Her2Error as e: tell(' '.join(str(e).split()))
     except OSError as e: tell(f"{e.filename or slides[0]}: {e.strerror or e}; check the path and the rights")
     else: sys.exit(code)

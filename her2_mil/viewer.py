@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .core import Her2Error, atomic_path
+from .zoom import Zoom, zoom_data
 
 # %% ../nbs/12_viewer.ipynb #fc5f0cc7
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Shown:
     mpp:tuple  # (x, y) um per level-0 px
     layers:tuple = ()  # further (name, (N,) values around zero) of the patches, such as evidence
     pixels:dict = field(default_factory=dict)  # number of a patch -> uint8 (h, w, 3), shown where one zooms in
+    zoom:Zoom = None  # tiles of the slide, see `her2_mil.zoom.write_zoom`
 
 # %% ../nbs/12_viewer.ipynb #fc5f0cc8
 def checked_layers(
@@ -56,13 +58,19 @@ def _base64(
     "Bytes as text"
     return base64.b64encode(data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()).decode()
 
+def _address(
+    data:bytes,  # JPEG
+) -> str:  # data URI
+    "A picture file as text"
+    return f'data:image/jpeg;base64,{_base64(data)}'
+
 def _jpeg(
     image,  # uint8 (h, w, 3)
 ) -> str:  # data URI
     "A picture as text"
     picture = io.BytesIO()
     Image.fromarray(np.asarray(image, dtype=np.uint8)).save(picture, 'JPEG', quality=85)
-    return f'data:image/jpeg;base64,{_base64(picture.getvalue())}'
+    return _address(picture.getvalue())
 
 # %% ../nbs/12_viewer.ipynb #8460ac02
 def _data(
@@ -75,7 +83,8 @@ def _data(
                 lut=_base64(colours), size=[int(v) for v in shown.slide_size], patch=[float(v) for v in shown.patch],
                 mpp=[float(v) for v in shown.mpp], vmax=shown.vmax,
                 layers=[dict(name=clean_text(k), values=_base64(np.asarray(v, '<f4'))) for k, v in shown.layers],
-                pixels={int(i): _jpeg(p) for i, p in shown.pixels.items()})
+                pixels={int(i): _jpeg(p) for i, p in shown.pixels.items()},
+                zoom=shown.zoom and zoom_data(shown.zoom, _address))
     return json.dumps(data, allow_nan=False).replace('<', '\\u003c')
 
 # %% ../nbs/12_viewer.ipynb #c2429120
@@ -112,7 +121,8 @@ def write_page(
     height = shown.slide_size[1]*shown.mpp[1]/shown.mpp[0]
     values = dict(digest=_base64(hashlib.sha256(script.encode()).digest()), title=html.escape(clean_text(title)),
                   note=html.escape(note), n=f'{len(shown.coords):,}', ratio=f'{int(shown.slide_size[0])}/{height:g}',
-                  facts=_facts(probabilities, facts), data=_data(shown))
+                  facts=_facts(probabilities, facts), data=_data(shown),
+                  images="data: file: 'self'" if shown.zoom and shown.zoom.folder else 'data:')
     whole = re.sub('{{([a-z]+)}}', lambda m: values[m[1]], page)
     with atomic_path(path) as part: part.write_text(whole, encoding='utf-8')
     return Path(path)

@@ -1,10 +1,14 @@
 "The attention viewer: what is in the file, and what a browser makes of it."
 
-import base64, hashlib, json, re, shutil, subprocess, tempfile, time, urllib.request
+import base64, hashlib, io, json, re, shutil, subprocess, tempfile, time, urllib.request, warnings
 from pathlib import Path
 
 import numpy as np, pytest
+from PIL import Image
 from her2_mil.attention import relative_attention, write_viewer
+from her2_mil.slide import WholeSlide
+from her2_mil.tiling import TileSpec, tile_slide
+from her2_mil.zoom import INSIDE, write_zoom
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 SIZE, PATCH = (4000, 3000), 500
@@ -404,3 +408,99 @@ def test_evidence_is_a_scale_of_its_own_and_its_name_stays_text(browser, rich):
     assert [browser.value(f"T(V[2][{i}], 2)") for i in (0, 1)] == [0, 0.625]
     browser.value("pick(0)")
     assert "evidence for <b>3+</b> -1.00;" in browser.value(READ)
+
+
+BLOCK = 40  # level-0 px of a block of one colour
+ODD = "a#b%20c '<b>.tif"  # a name of which every character means something to a browser
+
+
+@pytest.fixture(scope="module")
+def chequered(tmp_path_factory):
+    "A slide of 2 x 3 thousand px of 0.25 um/px in blocks of stains, and the shade of each block"
+    import tifffile
+
+    dark = np.random.default_rng(0).integers(0, 2, (50, 75))
+    stains = np.array([(240, 200, 225), (90, 40, 130)], np.uint8)
+    pixels = np.kron(stains[dark], np.ones((BLOCK, BLOCK, 1), np.uint8))
+    path = tmp_path_factory.mktemp("chequered") / ODD
+    per_cm = (40_000, 40_000)
+    tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", resolution=per_cm, resolutionunit="CENTIMETER")
+    with WholeSlide(path) as slide, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that uncompressed tiles are read more slowly
+        yield slide, tile_slide(slide, TileSpec(96)), dark
+
+
+def screen(browser):
+    "What the window shows (a canvas with pictures from disk cannot be read), and where the view begins in it"
+    data = base64.b64decode(browser.call("Page.captureScreenshot", format="png")["data"])
+    where = "(b => [b.left + view.clientLeft, b.top + view.clientTop])(view.getBoundingClientRect())"
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int), *browser.value(where)
+
+
+def zoomed(chequered, folder, **how):
+    "Page and tiles of the chequered slide"
+    slide, grid, _ = chequered
+    tiles = write_zoom(slide, grid, folder / f"{slide.path.stem}-tiles", coarsest=8, **how)
+    weights = np.linspace(1, 2, len(grid))
+    size = grid.patch_size_level0, slide.size, slide.mpp
+    return write_viewer(folder / "v.html", slide.thumbnail(8), grid.coords, weights, *size, zoom=tiles), tiles
+
+
+@pytest.mark.parametrize("tile", [512, 64])  # few tiles, which the page holds, and many, which lie beside it
+@pytest.mark.parametrize("finest", [0.25, 0.5])
+def test_deep_zoom_shows_the_slide_where_it_lies(browser, chequered, tmp_path, tile, finest):
+    dark = chequered[2]
+    page, tiles = zoomed(chequered, tmp_path, tile=tile, finest=finest)
+    assert (tiles.folder is None) == (len(tiles.names) <= INSIDE) == (tile == 512)
+    browser.open(page)
+    browser.value('document.getElementById("alpha").value = 0; document.getElementById("alpha").oninput()')
+    for row, column in ((3, 4), (24, 37), (46, 70)):
+        browser.value(f"Z = 4/fit(); CX = {BLOCK * (column + 1.5)}; CY = {BLOCK * (row + 1.5)}; draw()")
+        for _ in range(40):
+            if browser.value("[...SHEETS.values()].every(t => t.complete)"):
+                break
+            time.sleep(0.05)
+        browser.settle()
+        picture, left, top = screen(browser)
+        for i, j in np.ndindex(3, 3):  # both sides of every edge of a block, 2 px from it
+            for a, b in ((2, 2), (BLOCK - 2, BLOCK - 2)):
+                x, y = BLOCK * (column + j) + a, BLOCK * (row + i) + b
+                x, y = browser.value(f"[Math.floor(sx({x})), Math.floor(sy({y}))]")
+                shade = picture[round(top) + y, round(left) + x].sum()
+                assert (shade < 460) == dark[row + i, column + j], (row + i, column + j, shade)
+    levels = [e["params"]["entry"]["level"] for e in browser.events if e["method"] == "Log.entryAdded"]
+    loud = [e for e in browser.events if e["method"] == "Runtime.exceptionThrown"] + [v for v in levels if v == "error"]
+    assert not loud, loud
+    asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert all(u.startswith(("file:", "data:")) for u in asked)
+
+
+def test_a_page_without_its_tiles_says_so_and_still_shows_the_slide(browser, chequered, tmp_path):
+    page, tiles = zoomed(chequered, tmp_path, tile=64)
+    shutil.rmtree(tiles.folder)
+    browser.open(page)
+    browser.value("Z = 4/fit(); CX = 1500; CY = 1000; draw()")
+    time.sleep(0.3)
+    said = browser.value(READ)
+    assert said.startswith("A tile of the deep zoom is missing") and tiles.folder.name in said
+
+
+def test_pictures_from_disk_are_allowed_only_where_tiles_lie_there(chequered, tmp_path):
+    policy = lambda page: re.search(r"img-src ([^;]*);", page.read_text())[1]
+    assert policy(zoomed(chequered, tmp_path, tile=512)[0]) == "data:"
+    assert policy(zoomed(chequered, tmp_path, tile=64)[0]) == "data: file: 'self'"
+
+
+def test_an_interrupted_pyramid_goes_on_and_leaves_no_half_tile(chequered, tmp_path, monkeypatch):
+    import her2_mil.zoom
+
+    plain, count = her2_mil.zoom._jpeg, iter(range(20))
+    monkeypatch.setattr(her2_mil.zoom, "_jpeg", lambda p: plain(p) if next(count, None) is not None else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        zoomed(chequered, tmp_path, tile=64)
+    left = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    assert len(left) == 20 and all(p.suffix == ".jpg" for p in left)
+    monkeypatch.setattr(her2_mil.zoom, "_jpeg", plain)
+    before = left[0].stat().st_mtime_ns
+    _, tiles = zoomed(chequered, tmp_path, tile=64)
+    assert left[0].stat().st_mtime_ns == before and len(list(tiles.folder.rglob("*.jpg"))) == len(tiles.names)
