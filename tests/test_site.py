@@ -212,3 +212,40 @@ def test_links_that_nbdev_adds_lead_somewhere(processed):
     links = [(p.name, *link) for p, t in text.items() for link in re.findall(r"her2_mil/([\w/]+\.html)#([\w.-]+)\)", t)]
     assert len(links) > 50
     assert not [link for link in links if link[2].lower() not in found.get(link[1], ())]
+
+
+WIDE = {"sources.ipynb": 4}  # tables of more than seven columns, to be narrowed when their page is next executed
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_every_table_has_a_caption_and_at_most_seven_columns(path):
+    "Seven beside the index"
+    bare, wide = [], 0
+    for cell in cells(path):
+        tables = [str(o.get("data", {}).get("text/html", "")) for o in cell.get("outputs", [])]
+        for table in (t for t in tables if "<table" in t and "#| hide" not in cell.source):
+            head = re.search(r"<thead>(.*?)</thead>", table, re.S)
+            rows = re.findall(r"<tr.*?</tr>", head[1], re.S) if head else []
+            bare += [] if "#| tbl-cap:" in cell.source or "<caption" in table else [cell.source[-80:]]
+            wide += max([len(re.findall(r"<th[ >]", r)) for r in rows] or [0]) > 8
+    assert not bare and wide <= WIDE.get(path.name, 0)
+
+
+def test_the_site_says_what_readers_need():
+    "Keys that Quarto passes over in silence where they are misspelt"
+    here = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    assert here == yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text())
+    html, site = here["format"]["html"], here["website"]
+    assert set(here) == {"project", "bibliography", "execute", "format", "website", "metadata-files"}
+    assert set(html["theme"]) == {"light", "dark"} and html["respect-user-color-scheme"] is True
+    assert all((ROOT / "nbs" / f).exists() for f in (html["css"], "custom.scss", site["favicon"], "sidebar.yml"))
+    assert site["page-navigation"] is True and set(site["repo-actions"]) <= {"source", "issue", "edit", "none"}
+    assert here["execute"]["enabled"] is False, "the pages are executed before they are rendered"
+    assert (ROOT / "nbs" / here["project"]["post-render"]).resolve().exists()
+    sections = [s["section"] if isinstance(s, dict) else s for s in sidebar()]
+    wanted = "index reproduce Findings Ablations How-to Step Supplement api About"
+    assert [next(w for w in wanted.split() if w.lower() in s.lower()) for s in sections] == wanted.split()
+
+
+def sidebar() -> list:
+    return yaml.safe_load((ROOT / "nbs/sidebar.yml").read_text())["website"]["sidebar"]["contents"]
