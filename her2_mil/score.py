@@ -285,17 +285,6 @@ def _scored(
     warned = dict(unlike_training=strange, compared=sorted(limits), warning=_warning(card, row.get('roi')))
     return dict(**seen, **said, model=_about(loaded), **warned, notice=NOTICE), grid, attention, features
 
-# %% ../nbs/13_score.ipynb #367150ef
-def _zoom(
-    slide,  # WholeSlide, open
-    grid,  # TileGrid
-    finest:float,  # um/px; None for that of the patches, 0 for no tiles
-    folder:Path,  # for the tiles, if they are many
-):  # Zoom, or None
-    "The tiles of the viewer's deep zoom"
-    from her2_mil.zoom import write_zoom
-    return None if finest == 0 else write_zoom(slide, grid, folder, finest)
-
 # %% ../nbs/13_score.ipynb #57627ee8
 GALLERY = 200  # most attended patches whose pixels the viewer holds: 2 MB or so
 
@@ -305,20 +294,21 @@ def _with_files(
     seen:tuple,  # attention (N,), features (N, D)
     result:dict,  # of `_scored`
     stem:Path,  # of the files
-    row:dict,  # `zoom`, see `_zoom`
+    row:dict,  # `zoom`: um/px of the finest tiles, see `write_zoom`
     loaded:tuple,  # from `load_model`
 ) -> dict:  # the result, with the names of the files
     "Write QuPath's GeoJSON, the viewer, and last the JSON, whose presence says that all is there"
     from her2_mil.attention import to_geojson, write_viewer
     from her2_mil.pictures import patch_evidence, save_models
     from her2_mil.tiling import read_patches
+    from her2_mil.zoom import write_zoom
     (attention, features), members = seen, list(getattr(loaded, 'folds', ())) or [loaded[0]]
     named = lambda end: stem.with_name(f'{stem.name}-{end}')
     geojson, viewer = named('attention.geojson'), named('viewer.html')
     run = f"{result['model']['run']}"
     to_geojson(grid.coords, attention, grid.patch_size_level0, geojson, run, slide.origin)
     small = slide.thumbnail(max(max(slide.size)*max(slide.mpp)/2000, *slide.mpp))
-    zoom = _zoom(slide, grid, row.get('zoom'), named('tiles'))
+    zoom = write_zoom(slide, grid, named('tiles'), row.get('zoom'))
     facts = dict(run=run, notice=NOTICE, warning=result['warning'], patches=f'{len(grid):,}')
     facts |= {f'unlike training {i + 1}': s for i, s in enumerate(result['unlike_training'])}
     near = np.argsort(-attention)[:GALLERY]
@@ -328,8 +318,8 @@ def _with_files(
                  patch_evidence(features, members), pixels, zoom)
     who = f"{slide.path.stem[:80]}, {'phantom-trained ' * loaded[2]['phantom']}models."
     picture = save_models(named('models.png'), slide, grid, features, members, who)
-    tiles = str(zoom.folder) if zoom and zoom.folder else None
-    whole = result | dict(geojson=str(geojson), viewer=str(viewer), models_picture=str(picture), tiles=tiles)
+    made = dict(geojson=geojson, viewer=viewer, models_picture=picture, tiles=zoom.folder if zoom else None)
+    whole = result | {k: v and str(v) for k, v in made.items()}
     with atomic_path(named('score.json')) as part: part.write_text(json.dumps(whole, indent=1), encoding='utf-8')
     return whole
 

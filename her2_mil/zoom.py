@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INSIDE', 'Zoom', 'zoom_mpps', 'zoom_places', 'write_zoom', 'zoom_data']
 
-# %% ../nbs/12_zoom.ipynb #fe9759ee
+# %% ../nbs/12_zoom.ipynb #ef05838e
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .core import Her2Error, atomic_path
 
-# %% ../nbs/12_zoom.ipynb #81dd6d93
+# %% ../nbs/12_zoom.ipynb #6f351251
 @dataclass(frozen=True)
 class Zoom:
     "JPEG tiles of a slide: inside, or in a folder beside the page"
@@ -28,7 +28,7 @@ class Zoom:
     folder:Path = None  # that holds level/column_row.jpg
     size:int = 0  # bytes of all tiles
 
-# %% ../nbs/12_zoom.ipynb #f48c85a2
+# %% ../nbs/12_zoom.ipynb #c5c33616
 def zoom_mpps(
     finest:float,  # um/px of the finest level
     coarsest:float,  # um/px of the picture of the whole slide, which no level needs to repeat
@@ -38,7 +38,7 @@ def zoom_mpps(
     n = int(np.ceil(np.log2(max(coarsest/finest, 1)) - 1e-9))
     return [finest*2**k for k in reversed(range(n))]
 
-# %% ../nbs/12_zoom.ipynb #9afb3cd7
+# %% ../nbs/12_zoom.ipynb #0d4bc44e
 def zoom_places(
     grid,  # TileGrid, whose mask says where tissue is
     mpp:tuple,  # (x, y) um per level-0 px of the slide
@@ -53,7 +53,7 @@ def zoom_places(
     corner = places*tile*np.array(step)
     return places[(corner < grid.slide_size).all(1)]
 
-# %% ../nbs/12_zoom.ipynb #54b43737
+# %% ../nbs/12_zoom.ipynb #9f56a292
 def _jpeg(
     pixels:np.ndarray,  # uint8 (h, w, 3)
 ) -> bytes:
@@ -86,18 +86,29 @@ def _tiles(
         for n, pixels in zip(some, slide.fields(_corner(places[some], tile, step), tile, mpp)):
             yield names[n], _jpeg(pixels)
 
-# %% ../nbs/12_zoom.ipynb #a69f6324
+def _kept(
+    name:str,  # of a tile
+    data:bytes,  # JPEG
+    file:Path,  # to write, or None
+) -> dict:  # name -> bytes of what no file holds
+    "A tile in its file, or in memory"
+    if file is None: return {name: data}
+    with atomic_path(file) as part: part.write_bytes(data)
+    return {}
+
+# %% ../nbs/12_zoom.ipynb #1598ed5d
 INSIDE = 64  # tiles that a page holds itself; more of them go into a folder beside it
 
 def write_zoom(
     slide,  # WholeSlide, open
     grid,  # TileGrid
     folder,  # for the tiles, beside the page: str or Path; not made where the page holds them
-    finest:float=None,  # um/px of the finest level; None for that of the patches
+    finest:float=None,  # um/px of the finest level; None for that of the patches, 0 for no tiles
     coarsest:float=None,  # um/px of the picture of the whole slide; None for 2,000 px on the longer side
     tile:int=512,  # side of a tile, px
-) -> Zoom:  # for `write_viewer`
+) -> Zoom:  # for `write_viewer`; None where `finest` is 0
     "Tiles of the tissue from the whole slide's picture down to `finest`; raises Her2Error, SlideError"
+    if finest == 0: return None
     folder = Path(folder)
     coarsest = coarsest or max(s*m for s, m in zip(slide.size, slide.mpp))/2000
     mpps = zoom_mpps(finest or grid.spec.mpp, coarsest)
@@ -106,18 +117,15 @@ def write_zoom(
     levels = list(zip(range(len(mpps)), mpps, steps, places))
     names = tuple(f'{k}/{i}_{j}' for k, _, _, at in levels for i, j in at.tolist())
     here, file = len(names) <= INSIDE, lambda name: folder/f'{name}.jpg'
-    made, bar = {}, tqdm(total=len(names), unit='tile', desc='deep zoom', disable=True if here else None)
-    for level in levels:
-        for name, data in _tiles(slide, level, tile, lambda n: not here and file(n).is_file()):
-            bar.update()
-            if here: made[name] = data
-            else:
-                with atomic_path(file(name)) as part: part.write_bytes(data)
-    bar.close()
+    known = lambda name: not here and file(name).is_file()
+    new = (pair for level in levels for pair in _tiles(slide, level, tile, known))
+    new, made = tqdm(new, total=len(names), unit='tile', desc='deep zoom', disable=True if here else None), {}
+    for name, data in new: made.update(_kept(name, data, None if here else file(name)))
     size = sum(map(len, made.values())) if here else sum(file(n).stat().st_size for n in names)
-    return Zoom(tile, tuple(steps), names, tuple(made[n] for n in names) if here else (), None if here else folder, size)
+    inside = tuple(made[n] for n in names) if here else ()
+    return Zoom(tile, tuple(steps), names, inside, None if here else folder, size)
 
-# %% ../nbs/12_zoom.ipynb #68f66c3b
+# %% ../nbs/12_zoom.ipynb #cc85dcc0
 def zoom_data(
     zoom:Zoom,  # tiles
     encode,  # function of JPEG bytes -> data URI
