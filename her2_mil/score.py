@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.script import Param
 
-from .commands import command_line, slides_typed, warnings_as_sentences
+from .commands import command_line, slides_typed, um_per_px, warnings_as_sentences
 from .config import StudyError, folder_problem
 from .core import Her2Error, atomic_path, file_sha256
 
@@ -391,18 +391,6 @@ def score_slide(
     row = dict(roi=str(Path(roi).absolute()) if roi else '', mpp=mpp, min_tissue=min_tissue, zoom=zoom)
     with WholeSlide(path, mpp=mpp) as slide: return score_open(slide, row, loaded, out, files=files)
 
-# %% ../nbs/13_score.ipynb #f7cff7bf
-def _um_per_px(
-    text,  # of --mpp, or None
-) -> float:  # or None; raises StudyError
-    "um/px as typed"
-    if text is None: return None
-    try: value = float(text)
-    except ValueError: value = float('nan')
-    if not .001 <= value <= 1000:
-        raise StudyError(f"--mpp is {text!r}; give um/px as one number with a decimal point, such as 0.25")
-    return value
-
 # %% ../nbs/13_score.ipynb #c4538210
 def _score_row(
     row:dict,  # of the table of slides
@@ -486,7 +474,7 @@ def _score_command(
     def tell(text): print(f'her2_mil_score: {text}', file=sys.stderr)
     try:
         with warnings_as_sentences(tell):
-            code = _print_scores(slides, model, out, n_jobs, mpp=_um_per_px(mpp), roi=roi, min_tissue=min_tissue,
+            code = _print_scores(slides, model, out, n_jobs, mpp=um_per_px(mpp), roi=roi, min_tissue=min_tissue,
                                  zoom=zoom)
     except Her2Error as e: tell(' '.join(str(e).split()))
     except OSError as e: tell(f"{e.filename or slides[0]}: {e.strerror or e}; check the path and the rights")
