@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INSIDE', 'Zoom', 'zoom_mpps', 'zoom_places', 'write_zoom', 'zoom_data']
 
-# %% ../nbs/12_zoom.ipynb #7ac0df50
+# %% ../nbs/12_zoom.ipynb #0f00e0b3
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .core import Her2Error, atomic_path
 
-# %% ../nbs/12_zoom.ipynb #dfde7347
+# %% ../nbs/12_zoom.ipynb #bc53d16c
 @dataclass(frozen=True)
 class Zoom:
     "JPEG tiles of a slide: inside, or in a folder beside the page"
@@ -28,7 +28,7 @@ class Zoom:
     folder:Path = None  # that holds level/column_row.jpg
     size:int = 0  # bytes of all tiles
 
-# %% ../nbs/12_zoom.ipynb #66fcd4ae
+# %% ../nbs/12_zoom.ipynb #81bc5c44
 def zoom_mpps(
     finest:float,  # um/px of the finest level
     coarsest:float,  # um/px of the picture of the whole slide, which no level needs to repeat
@@ -38,7 +38,7 @@ def zoom_mpps(
     n = int(np.ceil(np.log2(max(coarsest/finest, 1)) - 1e-9))
     return [finest*2**k for k in reversed(range(n))]
 
-# %% ../nbs/12_zoom.ipynb #bca2782d
+# %% ../nbs/12_zoom.ipynb #93669c0b
 def zoom_places(
     grid,  # TileGrid, whose mask says where tissue is
     mpp:tuple,  # (x, y) um per level-0 px of the slide
@@ -53,7 +53,7 @@ def zoom_places(
     corner = places*tile*np.array(step)
     return places[(corner < grid.slide_size).all(1)]
 
-# %% ../nbs/12_zoom.ipynb #aded4003
+# %% ../nbs/12_zoom.ipynb #8a2ec3a4
 def _jpeg(
     pixels:np.ndarray,  # uint8 (h, w, 3)
 ) -> bytes:
@@ -70,7 +70,7 @@ def _corner(
     "Where tiles begin"
     return np.floor(places*tile*np.array(step) + .5).astype(np.int64)
 
-# %% ../nbs/12_zoom.ipynb #4d5eabee
+# %% ../nbs/12_zoom.ipynb #d7c3ac88
 def _tiles(
     slide,  # WholeSlide, open
     level:tuple,  # number, um/px, step, places (N, 2)
@@ -97,7 +97,7 @@ def _kept(
     with atomic_path(file) as part: part.write_bytes(data)
     return {}
 
-# %% ../nbs/12_zoom.ipynb #e5432322
+# %% ../nbs/12_zoom.ipynb #cc60976f
 INSIDE = 64  # tiles that a page holds itself; more of them go into a folder beside it
 
 def write_zoom(
@@ -126,7 +126,7 @@ def write_zoom(
     inside = tuple(made[n] for n in names) if here else ()
     return Zoom(tile, tuple(steps), names, inside, None if here else folder, size)
 
-# %% ../nbs/12_zoom.ipynb #9abce2ba
+# %% ../nbs/12_zoom.ipynb #7b9bc108
 def zoom_data(
     zoom:Zoom,  # tiles
     encode,  # function of JPEG bytes -> data URI
