@@ -1,16 +1,21 @@
 "her2_mil_score as a user calls it, on good input and bad."
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import tifffile
 from test_run import QUIET, SMALL, done  # noqa: F401  (a fixture)
 
+import her2_mil.zoom
 from her2_mil.phantom import phantom_slide
+from her2_mil.score import load_model, score_slide
 
 COMMAND = str(Path(sys.executable).parent / "her2_mil_score")
 
@@ -48,6 +53,26 @@ def test_json_and_heatmap(done, tmp_path):  # noqa: F811
     assert len(boxes) == out["n_patches"] and out["tissue_mm2"] > 0 and 0 < out["entropy"] <= 1
     page = Path(out["viewer"]).read_text()
     assert "not a medical device" in page
+
+
+HOSTILE = "<img src=x onerror=alert(1)>'\"&#35;%20.tif"
+
+
+def test_a_hostile_name_stays_text_and_its_tiles_are_found(done, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(her2_mil.zoom, "INSIDE", 0)  # all tiles beside the page
+    phantom_slide(tmp_path / HOSTILE, 2, 11, SMALL)
+    model = load_model(done / "runs/phantom/model")
+    out = score_slide(tmp_path / HOSTILE, model, out=tmp_path / "o", files=True, zoom=0.15)
+    text, tiles = Path(out["viewer"]).read_text(), Path(out["tiles"])
+    said = re.search(r'"folder": ?"([^"]*)"', text)[1]
+    assert Path(out["viewer"]).parent / unquote(said) == tiles and list(tiles.glob("0/*.jpg"))
+    assert "<img" not in text.split('id="data">')[0] and "&lt;img" in text
+    assert score_slide(tmp_path / HOSTILE, model, out=tmp_path / "o", files=True, zoom=0.15) == out
+    none = score_slide(tmp_path / HOSTILE, model, out=tmp_path / "o", files=True, zoom=0)
+    assert none["tiles"] is None and '"zoom": null' in Path(none["viewer"]).read_text()
+    shutil.rmtree(tiles)
+    assert score_slide(tmp_path / HOSTILE, model, out=tmp_path / "o", files=True, zoom=0.15) == out
+    assert list(tiles.glob("0/*.jpg")), "a result without its tiles is made again"
 
 
 def test_several_slides_give_a_table_and_are_not_scored_twice(done, tmp_path):  # noqa: F811
