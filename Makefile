@@ -41,7 +41,7 @@ test: export MPLBACKEND = agg
 test: $(INSTALLED) lint  ## run every notebook, pytest, and check that export, clean and README are up to date
 	$(BIN)/python tools/check.py
 	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lint: $(INSTALLED)  ## check the style that ruff can see
 	$(BIN)/ruff check .
