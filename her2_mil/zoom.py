@@ -48,10 +48,13 @@ def zoom_places(
     "Tiles of one level that hold a pixel of the tissue mask"
     rows, columns = np.nonzero(grid.mask)
     side = [tile*s*m/grid.mask_mpp for s, m in zip(step, mpp)]  # of a tile, in px of the mask
-    spread = [np.stack([(columns + a)/side[0], (rows + b)/side[1]], 1) for a in (0, 1 - 1e-6) for b in (0, 1 - 1e-6)]
-    places = np.unique(np.concatenate(spread).astype(int)[:, ::-1], axis=0)[:, ::-1]
-    corner = places*tile*np.array(step)
-    return places[(corner < grid.slide_size).all(1)]
+    last = np.ceil(np.array(grid.slide_size)/(tile*np.array(step))).astype(int) - 1
+    hit = np.zeros(last[::-1] + 1, bool)
+    for a, b in np.ndindex(2, 2):  # the four corners of each pixel
+        row = np.minimum((rows + b*(1 - 1e-6))/side[1], last[1]).astype(int)
+        column = np.minimum((columns + a*(1 - 1e-6))/side[0], last[0]).astype(int)
+        hit[row, column] = True
+    return np.argwhere(hit)[:, ::-1]
 
 # %% ../nbs/12_zoom.ipynb #8a2ec3a4
 def _jpeg(
@@ -77,7 +80,7 @@ def _tiles(
     tile:int,  # px
     known,  # function of a name: True where the tile is there already
     batch:int=32,  # tiles in memory at once
-):  # yields names and JPEG bytes, None for known ones
+):  # yields names and JPEG bytes of those that are not known
     "The tiles of one level, one after the other"
     k, mpp, step, places = level
     names = [f'{k}/{i}_{j}' for i, j in places.tolist()]
